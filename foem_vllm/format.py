@@ -144,11 +144,18 @@ def pack(q: Quantized, spec: QuantSpec, checkpoint_format: str = "gptq") -> dict
     if not torch.equal(scales.to(q.scales.dtype), q.scales):
         raise FoemError("scales are not exact in float16: round them before the codes are chosen, not after")
     return {
-        "qweight": pack_bits(q.codes, spec.bits),
-        "qzeros": pack_bits(zeros.T, spec.bits).T.contiguous(),
+        "qweight": pack_bits(q.codes.T, spec.bits),
+        "qzeros": pack_bits(zeros, spec.bits).T.contiguous(),
         "scales": scales.T.contiguous(),
         "g_idx": (group_index(k, spec) if q.g_idx is None else q.g_idx.to(torch.int32)).contiguous(),
     }
+
+
+def stored_shapes(spec: QuantSpec, k: int, n: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and dtype (None: any floating point) of the stored tensors of a linear [n, k]."""
+    g = spec.groups(k)
+    return {"qweight": ((-(-k * spec.bits // 32), n), torch.int32), "qzeros": ((g, -(-n * spec.bits // 32)), torch.int32),
+            "scales": ((g, n), None), "g_idx": ((k,), torch.int32)}
 
 
 def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: str, name: str, k: int, n: int) -> None:
@@ -157,10 +164,7 @@ def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: 
     Raises FoemError naming the tensor. Symmetric kernels never read qzeros, which is why files with a wrong
     `checkpoint_format` circulate: symmetric zero points are therefore checked against the convention.
     """
-    g = spec.groups(k)
-    expected = {"qweight": ((-(-k * spec.bits // 32), n), torch.int32), "qzeros": ((g, -(-n * spec.bits // 32)), torch.int32),
-                "scales": ((g, n), None), "g_idx": ((k,), torch.int32)}
-    for key, (shape, dtype) in expected.items():
+    for key, (shape, dtype) in stored_shapes(spec, k, n).items():
         if key not in tensors:
             if key == "g_idx":
                 continue

@@ -1,0 +1,108 @@
+"""Calibration text -> token sequences of equal length: a hub data set, or a local .txt, .jsonl, .json.gz or .parquet file."""
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from foem_vllm.errors import FoemError
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+DEFAULT = "allenai/c4"
+HUB_FILES = {"allenai/c4": "en/c4-train.00000-of-01024.json.gz"}
+
+
+def read_texts(source: str, split: str = "train", column: str = "text") -> Iterable[str]:
+    """The documents of a calibration source, in stored order (a hub data set: streamed).
+
+    `.txt` is one document; `.jsonl`, `.json` (one object a line) and their `.gz` have `column` in every line; `.parquet` has it as a
+    column. Raises FoemError naming the file, the line and the remedy.
+    """
+    path = pathlib.Path(source)
+    local = path.exists() or path.is_absolute() or source.startswith(".") or source.endswith(SUFFIXES)
+    if not local:
+        return _hub_texts(source, split, column)
+    if not path.is_file():
+        raise FoemError(f"--calibration {source}: no such file; give a hub data set or a file ({', '.join(SUFFIXES)})")
+    if not source.endswith(SUFFIXES):
+        raise FoemError(f"--calibration {source}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise FoemError(f"--calibration {source}: the file is empty; give one with text")
+    if source.endswith(".txt"):
+        return [path.read_text("utf-8", "replace")]
+    if source.endswith(".parquet"):
+        import pyarrow.parquet as parquet
+        table = parquet.ParquetFile(path)
+        if column not in table.schema_arrow.names:
+            raise FoemError(f"--calibration {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; "
+                            "name it with --text-column")
+        return [t for t in table.read([column]).column(column).to_pylist() if t]
+    return list(_json_lines(path, column))
+
+
+def _json_lines(path: pathlib.Path, column: str) -> Iterator[str]:
+    with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[column]
+            except (ValueError, KeyError, TypeError):
+                raise FoemError(f"--calibration {path}: line {number} is not a JSON object with a {column!r} field; "
+                                "name the field with --text-column") from None
+            if text:
+                yield text
+
+
+def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
+    from datasets import load_dataset
+    try:
+        data = load_dataset(name, data_files=HUB_FILES.get(name), split=split, streaming=True)
+        for row in data:
+            if column not in row:
+                raise FoemError(f"--calibration {name}: no column {column!r} among {', '.join(row)}; name it with --text-column")
+            if row[column]:
+                yield row[column]
+    except FoemError:
+        raise
+    except Exception as error:  # datasets and the hub client raise many unrelated types
+        raise FoemError(f"--calibration {name}: the hub did not deliver this data set ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]}); check the name and the network, or give a local file") from None
+
+
+def sample_tokens(texts: Iterable[str], tokenizer, samples: int, seq_len: int, seed: int, source: str = "calibration",
+                  chat: bool = False) -> torch.Tensor:
+    """[samples, seq_len] int64: windows of the documents in a seeded random order, the end-of-text token between them.
+
+    A stream is shuffled within its first 20 * samples documents. Too few tokens raise FoemError with both numbers. With `chat` every document
+    is put into the tokenizer's chat template as the assistant's turn. Only a generator of its own is used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if not isinstance(texts, list):
+        stream, texts = iter(texts), []
+        for text in stream:
+            texts.append(text)
+            if len(texts) >= max(20 * samples, 1000):
+                break
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise FoemError("--chat-template: this tokenizer has none; leave the option away")
+    needed = samples * seq_len
+    ids: list[int] = []
+    for i in torch.randperm(len(texts), generator=generator).tolist():
+        text = texts[i]
+        if chat:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": "Continue."}, {"role": "assistant", "content": text}],
+                                                 tokenize=False)
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= needed and len(texts) > 1:
+            break
+    windows = torch.tensor(ids[: len(ids) // seq_len * seq_len], dtype=torch.int64).view(-1, seq_len)
+    if len(windows) < samples:
+        raise FoemError(f"--calibration {source}: {len(ids)} tokens, but --samples {samples} x --seq-len {seq_len} need {needed}; "
+                        "give more text or lower one of them")
+    return windows[torch.randperm(len(windows), generator=generator)[:samples]]

@@ -1,0 +1,56 @@
+"""The grid of one group: scale and zero point from minimum and maximum, rounding to codes, and the RTN baseline.
+
+Scales are rounded before any code is chosen, to values that every dtype in `scale_dtypes` holds exactly. With (float16,
+bfloat16) an engine that keeps the file's float16 scales and one that casts them to a bfloat16 model's dtype compute with
+the same numbers.
+"""
+from __future__ import annotations
+
+import torch
+
+from foem_vllm.format import Quantized, QuantSpec
+
+SCALE_DTYPES = (torch.float16,)
+
+
+def round_scales(scales: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES) -> torch.Tensor:
+    """`scales` at the nearest positive value that all of `dtypes` hold exactly, in the dtype it came in.
+
+    Clamped to float16's normal range: below it float16 and bfloat16 share too few values to be a scale.
+    """
+    rounded = scales.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max)
+    for dtype in sorted(dtypes, key=lambda d: torch.finfo(d).eps):  # the coarsest mantissa last
+        rounded = rounded.to(dtype).to(scales.dtype)
+    return rounded.clamp(max=65280.0)  # the largest value that bfloat16 and float16 share
+
+
+def find_grid(w: torch.Tensor, spec: QuantSpec, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES):
+    """(scale, zero) of weights w [..., g] that share one grid: [...] each, of w's dtype.
+
+    Symmetric: the largest magnitude spans half of the 2**bits - 1 steps. Asymmetric: minimum to maximum, zero included.
+    A group of zeros gets scale 1.
+    """
+    steps = (1 << spec.bits) - 1
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    if spec.symmetric:
+        span = 2 * torch.maximum(-low, high)
+    else:
+        span = high - low
+    scale = round_scales(torch.where(span > 0, span / steps, torch.ones_like(span)), dtypes)
+    zero = torch.full_like(scale, spec.mid) if spec.symmetric else (-low / scale).round().clamp(0, steps)
+    return scale, zero
+
+
+def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Nearest codes, in w's dtype: round(w / scale) + zero, clamped to 0 .. 2**bits - 1."""
+    return ((w / scale).round() + zero).clamp_(0, (1 << spec.bits) - 1)
+
+
+def round_to_nearest(w: torch.Tensor, spec: QuantSpec, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES) -> Quantized:
+    """RTN: every weight of w [N, K] to the nearest point of its group's grid. K must be a multiple of the group size."""
+    n, k = w.shape
+    g = k if spec.group_size == -1 else spec.group_size
+    groups = w.view(n, k // g, g)
+    scale, zero = find_grid(groups, spec, dtypes)
+    codes = to_codes(groups, scale[..., None], zero[..., None], spec)
+    return Quantized(codes.view(n, k).to(torch.uint8), scale, None if spec.symmetric else zero.to(torch.uint8))

@@ -1,0 +1,91 @@
+"""Whether the files of a checkpoint are the ones that were written: checksums, and safetensors headers against file sizes.
+
+Plain standard library: it runs in vLLM's front end before anything is loaded. Checksums cover what shapes cannot, such as a
+flipped bit in a code; headers cover truncation also for checkpoints that carry no checksums.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+from foem_vllm.errors import FoemError
+
+INDEX = "model.safetensors.index.json"
+
+
+def file_digest(path: str | pathlib.Path) -> str:
+    """The sha256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_files(folder: str | pathlib.Path, meta: dict | None) -> int:
+    """Compare files of `folder` with `meta["foem"]["sha256"]`, {file name: sha256}; returns how many were compared.
+
+    meta: the `meta` dictionary of quantization_config; without checksums in it nothing is compared. FOEM_SKIP_CHECKSUM=1
+    skips the comparison. Raises FoemError naming the first file that is missing or differs.
+    """
+    foem = (meta or {}).get("foem")
+    expected = foem.get("sha256") if isinstance(foem, dict) else None
+    if not isinstance(expected, dict) or os.environ.get("FOEM_SKIP_CHECKSUM") == "1":
+        return 0
+    paths = {name: pathlib.Path(folder) / name for name in sorted(expected)}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise FoemError(f"{path} is missing, but config.json lists its checksum; download or quantize the checkpoint again")
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
+        for name, found in zip(paths, pool.map(file_digest, paths.values())):
+            if found != expected[name]:
+                raise FoemError(f"{paths[name]} has sha256 {found[:12]}..., but config.json expects {str(expected[name])[:12]}...; the file "
+                                "was damaged or changed, download or quantize it again (FOEM_SKIP_CHECKSUM=1 loads it anyway)")
+    return len(paths)
+
+
+def weight_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files that hold the weights: those of the index, or all of them when there is none."""
+    folder = pathlib.Path(folder)
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise FoemError(f"{index}: no readable weight_map ({error!r}); the file is damaged, download it again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise FoemError(f"{folder / name} is missing, but {INDEX} names it; download it again")
+    return [folder / name for name in names]
+
+
+def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (safetensors dtype, shape)} of one file. Raises FoemError when the file is shorter or longer than it says."""
+    size = path.stat().st_size
+    again = "download or quantize it again"
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
+        if not 0 < length <= size - 8:
+            raise FoemError(f"{path} is truncated: {size} bytes do not hold its header; {again}")
+        try:
+            header = json.loads(file.read(length))
+            tensors = {name: (info["dtype"], tuple(info["shape"])) for name, info in header.items() if name != "__metadata__"}
+            end = max((info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise FoemError(f"{path}: the safetensors header is damaged ({error!r}); {again}") from None
+    if 8 + length + end != size:
+        raise FoemError(f"{path} is {size} bytes, but its header describes {8 + length + end}; it was cut off or damaged, {again}")
+    return tensors
+
+
+def read_headers(folder: str | pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (safetensors dtype, shape)} of a whole checkpoint folder; empty when it holds no safetensors."""
+    tensors = {}
+    for path in weight_files(folder):
+        tensors.update(read_header(path))
+    return tensors

@@ -1,0 +1,126 @@
+"""What this project knows about transformers models: how to build an empty one, and where its blocks and linears are.
+
+The only module that names transformers classes. Nothing here is a table of architectures: blocks are the module list with as
+many entries as the config has layers, linears are the `nn.Linear`s inside. Left out so far: fused 3-D expert weights and
+Conv1D (GPT-2), which are reported as not quantized.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from foem_vllm.errors import FoemError
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.py"]
+
+
+def resolve(model: str | pathlib.Path) -> pathlib.Path:
+    """The local folder of `model`: itself, or a download of that hub repository (safetensors and text files only).
+
+    Raises FoemError when the folder is missing, has no config.json or no safetensors, or when the hub cannot be reached.
+    """
+    folder = pathlib.Path(model)
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
+            raise FoemError(f"{model}: no such folder; give a model folder or a hub name such as Qwen/Qwen3-0.6B")
+        from huggingface_hub import snapshot_download
+        try:
+            folder = pathlib.Path(snapshot_download(str(model), allow_patterns=MODEL_FILES))
+        except Exception as error:  # the hub client raises many unrelated types
+            raise FoemError(f"{model}: no such folder, and the hub did not deliver it ({type(error).__name__}: "
+                            f"{str(error).splitlines()[0]}); check the name, the network and `hf auth login`") from None
+    if not (folder / "config.json").is_file():
+        raise FoemError(f"{folder}: no config.json; this is not a model folder, or the download is incomplete")
+    if not any(folder.glob("*.safetensors")):
+        others = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
+        raise FoemError(f"{folder}: no .safetensors weights{' but ' + others[0] if others else ''}; convert the model with "
+                        "transformers' save_pretrained (pickled files are not opened)")
+    return folder
+
+
+def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
+    """The transformers config of an unquantized causal LM; FoemError when it is something else."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    try:
+        raw = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise FoemError(f"{folder / 'config.json'}: not valid JSON ({error}); download it again") from None
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise FoemError(f"{folder}: the weights are already quantized ({method}); start from the original model")
+    if raw.get("auto_map") and not trust_remote_code:
+        raise FoemError(f"{folder}: the model brings its own Python code; read it, then pass --trust-remote-code")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise FoemError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}; a newer transformers may know this model") from None
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    architectures = config.architectures or []
+    if not raw.get("auto_map") and architectures and not causal & set(architectures):
+        raise FoemError(f"{folder}: {architectures[0]} is not a causal language model; only those can be quantized here")
+    return config
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without storage; buffers, such as rotary frequencies, are real."""
+    original = nn.Module.register_parameter
+
+    def register(module, name, parameter):
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original
+
+
+def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The model with parameters on the meta device, in evaluation mode. The global random state is left as found."""
+    from transformers import AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise FoemError(f"{config.model_type}: not a causal language model ({str(error).splitlines()[0]})") from None
+    return model.eval().requires_grad_(False)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the decoder blocks: the biggest ModuleList with as many entries as the text config has layers."""
+    layers = model.config.get_text_config().num_hidden_layers
+    found = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in model.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not found:
+        raise FoemError(f"{type(model).__name__}: no list of {layers} decoder blocks found; this architecture is not supported")
+    _, name, blocks = max(found, key=lambda f: f[0])
+    return name, blocks
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Name in the block -> linear, of every linear that can be quantized."""
+    return {name: m for name, m in block.named_modules() if type(m) is nn.Linear}
+
+
+def find_unquantizable(block: nn.Module) -> list[str]:
+    """Parameters with two or more dimensions that are not weights of a linear: they stay as they are, and the report says so."""
+    linear = {f"{name}.weight" for name in find_linears(block)}
+    return [name for name, p in block.named_parameters() if p.ndim >= 2 and name not in linear]
+
+
+def load_tokenizer(folder: pathlib.Path, trust_remote_code: bool = False):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer back ends raise their own types
+        raise FoemError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
+                        "copy the tokenizer files of the original model there") from None

@@ -1,0 +1,205 @@
+"""One loop for GPTQ (arXiv 2210.17323), GPTAQ (2504.02692) and FOEM (2507.11017): pure functions on tensors.
+
+The layer has weight W0 [N, K]; its inputs are X_fp in the original model and X_q in the model whose earlier layers are
+already quantized, [T, K]. With H = X_q^T X_q / T, D = (X_fp - X_q)^T X_q / T and U the upper Cholesky factor of the damped
+H^-1 (H^-1 = U^T U), columns are rounded from left to right and each rounding error is spread over the columns to its right:
+
+    w      <- w - beta (w - t)                        first-order pull toward the target t (FOEM, sec. 4, eq. 19)
+    q      =  nearest grid point of w
+    W[j:]  <- W[j:] - ((w - q) - beta (w - t)) / U_jj * U[j, j:]      compensation
+    W[j:]  <- W[j:] + w P[j, j:],  P = alpha triu(D U^T, 1) U          drift of the inputs (GPTAQ, sec. 4)
+
+alpha = beta = 0 is GPTQ. Where a group begins, its grid is found from weights that have seen every update of earlier columns
+and not yet the pull. Two forms of FOEM:
+
+* "published": what GPTQModel and the authors' released numbers compute: t is W0, and the first column of every 128 is not
+  pulled (their pull acts inside one block only). Eq. 19 read literally would pull all remaining columns at every step.
+* "consistent": every column but the first is pulled, toward the corrected target W0 + alpha W0 D H^-1.
+
+Neither depends on `block_size`, which only says how many columns are updated together. Left out: choosing alpha, beta and
+damping (selection), other grids than minimum/maximum (grid).
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from foem_vllm.errors import FoemError
+from foem_vllm.format import Quantized, QuantSpec, dequantize
+from foem_vllm.grid import SCALE_DTYPES, find_grid, to_codes
+
+PUBLISHED_BLOCK = 128
+MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold while the
+    factorization fails, and beyond 1 the diagonal of H is used alone. block_size: columns updated together (speed only)."""
+    alpha: float = 0.0
+    beta: float = 0.0
+    damping: float = 0.05
+    form: str = "published"
+    block_size: int = 128
+    scale_dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
+
+    def __post_init__(self):
+        if self.form not in ("published", "consistent"):
+            raise FoemError(f"form={self.form!r} is unknown; choose published or consistent")
+        for name in ("alpha", "beta", "damping"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise FoemError(f"{name}={value} must lie between 0 and 1")
+        if self.block_size < 1:
+            raise FoemError(f"block_size={self.block_size} must be at least 1")
+
+
+class Solved(NamedTuple):
+    """quantized: codes and grid. loss: tr(E H E^T) / N with E = Q - W0. relative: that loss over tr(W0 H W0^T) / N.
+    damping: the fraction that was used in the end. notes: what did not go as asked, for the report."""
+    quantized: Quantized
+    loss: float
+    relative: float
+    damping: float
+    notes: tuple[str, ...] = ()
+
+
+def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[str, ...]]:
+    """(U [K, K] upper with (H + damping mean(diag H) I)^-1 = U^T U, the damping used, notes). Never fails, never NaN.
+
+    One Cholesky of the reversed matrix and one triangular inverse: H = R R^T with R upper gives U = R^-1, without forming H^-1.
+    """
+    diagonal = H.diagonal()
+    unit = diagonal.mean()
+    identity = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    tried = damping
+    while tried <= MAX_DAMPING:
+        L, info = torch.linalg.cholesky_ex((H + tried * unit * identity).flip(0, 1))
+        if info == 0:
+            U = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
+            if torch.isfinite(U).all():
+                notes = () if tried == damping else (f"damping raised from {damping:g} to {tried:g}: H was not positive definite",)
+                return U, tried, notes
+        tried = max(10 * tried, 1e-4)
+    U = (diagonal + damping * unit).clamp(min=torch.finfo(H.dtype).tiny).rsqrt().diag()
+    return U, damping, ("H could not be factored at any damping up to 1: its diagonal was used alone",)
+
+
+def visit_order(diagonal: torch.Tensor, spec: QuantSpec) -> torch.Tensor | None:
+    """[K] the order in which columns are rounded, most important (largest H_jj) first; None for left to right.
+
+    "group" (GAR, as in GPTQModel): groups by their most important column, columns inside each by their own, so that groups stay contiguous.
+    """
+    if spec.act_order == "none":
+        return None
+    if spec.act_order != "group" or spec.group_size == -1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    grouped = diagonal.view(-1, spec.group_size)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    inside = inside + spec.group_size * torch.arange(len(grouped), device=diagonal.device)[:, None]
+    return inside[torch.argsort(grouped.amax(1), descending=True, stable=True)].flatten()
+
+
+def blocks(k: int, group: int, block_size: int) -> list[tuple[int, int]]:
+    """Column ranges such that every group that begins inside a range also ends there, or begins with it."""
+    step = group * max(1, block_size // group) if group < block_size else block_size
+    ranges = []
+    for begin in range(0, k, max(group, step)):
+        end = min(k, begin + max(group, step))
+        ranges += [(i, min(i + step, end)) for i in range(begin, end, step)]
+    return ranges
+
+
+def solve(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec, config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
+          D: torch.Tensor | None = None) -> Solved:
+    """Quantize one linear (or several with the same inputs, stacked along N: rows do not interact).
+
+    W: [N, K]. H: [K, K], whose dtype the computation is done in. D: [K, K], needed when alpha > 0. Nothing is mutated.
+    Columns that no input reaches (H_jj = 0) are rounded to nearest. Raises FoemError when K is not a multiple of the group
+    size, or when W, H or D is not finite.
+    """
+    n, k = W.shape
+    group = k if spec.group_size == -1 else spec.group_size
+    if k % group:
+        raise FoemError(f"{k} columns are not a multiple of group_size {group}; choose a group size that divides {k}, or -1")
+    if config.alpha and D is None:
+        raise FoemError("alpha > 0 needs the cross moment D of original and quantized inputs")
+    for name, t in (("weights", W), ("H", H), ("D", D)):
+        if t is not None and not torch.isfinite(t).all():
+            raise FoemError(f"{name}: NaN or Inf found")
+
+    dtype, device = H.dtype, H.device
+    W0 = W.to(device, dtype)
+    dead = H.diagonal() == 0
+    H1 = H + torch.diag(dead.to(dtype))
+    order = visit_order(H1.diagonal(), spec)
+    if order is not None:
+        W0, H1 = W0[:, order], H1[order][:, order]
+        D = D[order][:, order] if D is not None else None
+    U, damping, notes = factor(H1, config.damping)
+    P = config.alpha * (D.to(dtype) @ U.T).triu(1) @ U if config.alpha else None
+
+    # Columns of W are rows here, so that each is contiguous.
+    w, target = W0.T.contiguous().clone(), W0.T
+    if config.alpha and config.beta and config.form == "consistent":
+        target = (W0 + config.alpha * ((W0 @ D.to(dtype)) @ U.T) @ U).T
+    unpulled = PUBLISHED_BLOCK if config.form == "published" else k
+    static = spec.act_order == "static"
+    scales = torch.empty(k // group, n, dtype=dtype, device=device)
+    zeros = torch.empty_like(scales)
+    if static:
+        grid = find_grid(W.to(device, dtype).view(n, -1, group), spec, config.scale_dtypes)
+        scales, zeros = grid[0].T.contiguous(), grid[1].T.contiguous()
+    column_group = (order if static and order is not None else torch.arange(k, device=device)) // group
+    column_group = column_group.tolist()
+    codes = torch.empty_like(w)
+
+    for begin, end in blocks(k, group, config.block_size):
+        Ub, wb = U[begin:end, begin:end], w[begin:end]
+        Pb = P[begin:end, begin:end] if P is not None else None
+        errors = torch.empty_like(wb)
+        seen = torch.empty_like(wb)  # each column as it was when it was rounded: what the drift term multiplies
+        for i in range(end - begin):
+            j = begin + i
+            g = column_group[j]
+            if not static and j % group == 0:
+                scales[g], zeros[g] = find_grid(w[j:j + group].T, spec, config.scale_dtypes)
+            column = wb[i]
+            if config.beta and j % unpulled:
+                column -= config.beta * (column - target[j])
+            seen[i] = column
+            codes[j] = to_codes(column, scales[g], zeros[g], spec)
+            error = column - (codes[j] - zeros[g]) * scales[g]
+            if config.beta:
+                error = error - config.beta * (column - target[j])
+            errors[i] = error / Ub[i, i]
+            if i + 1 < end - begin:
+                wb[i + 1:].addr_(Ub[i, i + 1:], errors[i], alpha=-1)
+                if Pb is not None:
+                    wb[i + 1:].addr_(Pb[i, i + 1:], column)
+        w[end:] -= U[begin:end, end:].T @ errors
+        if P is not None:
+            w[end:] += P[begin:end, end:].T @ seen
+
+    g_idx = None
+    if order is not None:
+        back = torch.argsort(order)
+        codes = codes[back]
+        if spec.act_order == "group" and group != k:
+            place = torch.argsort(order[::group] // group)
+            scales, zeros = scales[place], zeros[place]
+        elif spec.act_order == "full" and group != k:
+            g_idx = (back // group).to(torch.int32)
+    quantized = Quantized(codes.T.contiguous().to(torch.uint8), scales.T.contiguous(),
+                          None if spec.symmetric else zeros.T.contiguous().to(torch.uint8), g_idx)
+    delta = dequantize(quantized, spec).to(dtype) - W.to(device, dtype)
+    loss = layer_loss(delta, H)
+    return Solved(quantized, loss, loss / max(layer_loss(W.to(device, dtype), H), 1e-30), damping, notes)
+
+
+def layer_loss(delta: torch.Tensor, H: torch.Tensor) -> float:
+    """tr(delta H delta^T) / N: mean squared error of an output, per token and row, for inputs with moment H."""
+    return float(((delta @ H) * delta).sum() / delta.shape[0])

@@ -1,0 +1,150 @@
+"""Run a model block by block: weights from safetensors when a block's turn comes, activations carried from block to block."""
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from foem_vllm.errors import FoemError
+
+
+class Weights:
+    """The tensors of a folder of safetensors files, read one at a time by name."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.files: dict[str, pathlib.Path] = {}
+        index = folder / "model.safetensors.index.json"
+        paths = sorted(folder.glob("*.safetensors"))
+        if index.is_file():
+            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            if missing := sorted(n for n in named if not (folder / n).is_file()):
+                raise FoemError(f"{index} names {missing[0]}, which is not there; the download is incomplete")
+            paths = [folder / n for n in sorted(named)]
+        for path in paths:
+            try:
+                with safe_open(path, "pt") as f:
+                    self.files.update(dict.fromkeys(f.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise FoemError(f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
+                                ) from None
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.files:
+            raise FoemError(f"{name}: not among the model's weights; the files and config.json belong to different models")
+        with safe_open(self.files[name], "pt") as f:
+            return f.get_tensor(name)
+
+
+def fill(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, device: torch.device,
+         names: set[str] | None = None) -> None:
+    """Give the parameters of `module` (those in `names`, or all) their values, from tensors called prefix + name.
+
+    Raises FoemError naming the tensor when it is missing, has another shape, or holds NaN or Inf.
+    """
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if names is not None and name not in names:
+            continue
+        value = weights.read(prefix + name)
+        if value.shape != parameter.shape:
+            raise FoemError(f"{prefix}{name} is {list(value.shape)} in {weights.files[prefix + name].name}, but config.json "
+                            f"makes it {list(parameter.shape)}; the files and the config belong to different models")
+        if not torch.isfinite(value).all():
+            raise FoemError(f"{prefix}{name}: NaN or Inf in the weights of {weights.files[prefix + name].name}; "
+                            "the model is damaged, download it again")
+        owner = module.get_submodule(name.rpartition(".")[0])
+        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(value.to(device, dtype), requires_grad=False))
+    for name, buffer in list(module.named_buffers()):
+        stored = weights.read(prefix + name) if prefix + name in weights.files else buffer
+        owner = module.get_submodule(name.rpartition(".")[0])
+        owner._buffers[name.rpartition(".")[2]] = stored.to(device, buffer.dtype)
+
+
+class StopForward(Exception):
+    """Raised by a hook that has what it came for."""
+
+
+class BlockInputs:
+    """Hidden states before the current block, batch by batch, and the other arguments that each block is called with."""
+
+    def __init__(self, hidden: list[torch.Tensor], calls: list[dict[int, tuple[tuple, dict]]]):
+        self.hidden, self.calls = hidden, calls
+
+    def fork(self) -> BlockInputs:
+        """A second stream from the same start (the list is copied, the tensors are shared and never written to)."""
+        return BlockInputs(list(self.hidden), self.calls)
+
+    def call(self, index: int, block: nn.Module, batch: int) -> torch.Tensor:
+        """The output of `block`, as block number `index`, on a batch."""
+        hidden = self.hidden[batch]
+        args, kwargs = self.calls[index][hidden.shape[0]]
+        out = block(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the hidden states by the block's outputs."""
+        for b in range(len(self.hidden)):
+            self.hidden[b] = self.call(index, block, b)
+
+
+@torch.no_grad()
+def record_inputs(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, weights: Weights, tokens: torch.Tensor, batch_size: int,
+                  dtype: torch.dtype, device: torch.device) -> BlockInputs:
+    """Run what comes before the blocks (embeddings, positions, masks) on tokens [S, T] and note how every block is called.
+
+    The blocks themselves are replaced by recorders that hand the hidden states on, so none is loaded; masks and positions may
+    differ from block to block (sliding windows) but not with the content, since all sequences are equally long.
+    """
+    outer = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(blocks_name + ".")}
+    head = model.get_output_embeddings()
+    outer -= {n for n, m in model.named_parameters(remove_duplicate=False) if head is not None and m is head.weight
+              and n not in weights.files}
+    fill_outer(model, blocks_name, weights, outer, dtype, device)
+    calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in blocks]
+    hidden: list[torch.Tensor] = []
+
+    def recorder(index: int) -> Callable:
+        def forward(hidden_states, *args, **kwargs):
+            calls[index][hidden_states.shape[0]] = args, kwargs
+            if index == len(blocks) - 1:
+                hidden.append(hidden_states)
+                raise StopForward
+            return hidden_states
+        return forward
+
+    for i, block in enumerate(blocks):
+        block.forward = recorder(i)
+    try:
+        for batch in tokens.split(batch_size):
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except StopForward:
+                pass
+    finally:
+        for block in blocks:
+            del block.forward
+    return BlockInputs(hidden, calls)
+
+
+def fill_outer(model: nn.Module, blocks_name: str, weights: Weights, names: set[str], dtype: torch.dtype,
+               device: torch.device) -> None:
+    """`fill` for everything outside the blocks: their buffers are left alone."""
+    held = model.get_submodule(blocks_name)
+    parent = model.get_submodule(blocks_name.rpartition(".")[0])
+    key = blocks_name.rpartition(".")[2]
+    parent._modules[key] = nn.ModuleList()
+    try:
+        fill(model, "", weights, dtype, device, names)
+    finally:
+        parent._modules[key] = held
+
+
+def load_block(template: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A filled copy of an empty block; dropping it frees its memory."""
+    block = copy.deepcopy(template)
+    fill(block, prefix, weights, dtype, device)
+    return block
