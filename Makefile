@@ -1,0 +1,37 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both set the environment up first.
+PYTHON ?= python3
+STACK  ?= auto
+RUN    := .venv/bin/python
+ARGS   ?=
+
+.PHONY: help setup demo test lint bench gpu-check train-tinylm peers-compare peers-time
+
+help:            ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup:           ## make .venv: vLLM for this machine, this project, lm-eval, test tools (idempotent)
+	@$(PYTHON) tools/setup_env.py --stack $(STACK)
+
+demo: setup      ## quantize a small trained model, serve it with vLLM, ask it, measure it
+	@$(RUN) eval/demo.py $(ARGS)
+
+test: setup      ## run the tests (ARGS="tests/test_eval.py -k name" for some of them)
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup      ## ruff
+	$(RUN) -m ruff check .
+
+bench: setup     ## time the kernels of this machine
+	$(RUN) kernels/bench.py $(ARGS)
+
+gpu-check:       ## check and time the kernels on an NVIDIA GPU; needs only torch, triton, transformers, safetensors
+	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/gpu_check.py $(ARGS)
+
+train-tinylm: setup  ## train the demo's model again (an hour on two cores; overwrites eval/tinylm/qwen3)
+	cd eval/tinylm && ../../$(RUN) corpus.py && ../../$(RUN) train.py --out qwen3
+
+peers-compare: setup ## our solver and GPTQModel's on the same moments (installs GPTQModel into out/, once)
+	$(RUN) eval/peers/compare_solver.py --json eval/results/gptqmodel_solver.json $(ARGS)
+
+peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
+	$(RUN) eval/peers/gptqmodel_time.py $(ARGS)
