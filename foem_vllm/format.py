@@ -147,7 +147,7 @@ def pack(q: Quantized, spec: QuantSpec, checkpoint_format: str = "gptq") -> dict
         "qweight": pack_bits(q.codes.T, spec.bits),
         "qzeros": pack_bits(zeros, spec.bits).T.contiguous(),
         "scales": scales.T.contiguous(),
-        "g_idx": (group_index(k, spec) if q.g_idx is None else q.g_idx.to(torch.int32)).contiguous(),
+        "g_idx": group_index(k, spec) if q.g_idx is None else q.g_idx.to(torch.int32).clone(),
     }
 
 

@@ -18,10 +18,11 @@ def round_scales(scales: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_D
 
     Clamped to float16's normal range: below it float16 and bfloat16 share too few values to be a scale.
     """
-    rounded = scales.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max)
-    for dtype in sorted(dtypes, key=lambda d: torch.finfo(d).eps):  # the coarsest mantissa last
+    largest = 65280.0  # the largest value that bfloat16 and float16 share
+    rounded = scales.clamp(torch.finfo(torch.float16).tiny, largest)
+    for dtype in sorted(dtypes, key=lambda d: -torch.finfo(d).eps):  # coarsest first: the finer ones then hold it exactly
         rounded = rounded.to(dtype).to(scales.dtype)
-    return rounded.clamp(max=65280.0)  # the largest value that bfloat16 and float16 share
+    return rounded
 
 
 def find_grid(w: torch.Tensor, spec: QuantSpec, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES):

@@ -1,0 +1,336 @@
+"""The whole quantizer on small models of several architectures, and its bad input."""
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import CALIBRATION, CONFIGS, TINYLM, write_model
+
+from foem_vllm import QuantizeConfig, quantize
+from foem_vllm.calibration import read_texts, sample_tokens
+from foem_vllm.checkpoint import describe, read_linear, storage
+from foem_vllm.errors import FoemError
+from foem_vllm.format import QuantSpec, dequantize, read_config
+from foem_vllm.grid import round_to_nearest
+from foem_vllm.solver import SolverConfig, solve
+from foem_vllm.stream import Weights
+
+SMALL = dict(calibration=str(CALIBRATION), samples=8, seq_len=64, group_size=32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def dequantized(folder):
+    config, weights = read_config(folder), Weights(folder)
+    modules = [n.removesuffix(".qweight") for n in weights.files if n.endswith(".qweight")]
+    return {m: dequantize(*read_linear(weights, m, config)) for m in modules}
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_architectures(arch, tmp_path):
+    """Every linear of every block is quantized, everything else is copied byte for byte, and errors stay small."""
+    source = write_model(tmp_path / "model", arch)
+    report = quantize(source, tmp_path / "out", QuantizeConfig(**SMALL))
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "out/model.safetensors")
+    linears = dequantized(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    expected = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.count(".") > 2}
+    assert set(linears) == expected == {layer.name for layer in report.layers}
+    for name, tensor in before.items():
+        module = name.removesuffix(".weight")
+        if module in linears:
+            assert f"{name}" not in after
+            assert (linears[module] - tensor).norm() / tensor.norm() < 0.2
+        else:
+            assert torch.equal(after[name], tensor)
+    assert all(0 < layer.relative < 0.05 for layer in report.layers), report.layers
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_first_layer_equals_solver_on_transformers_activations(tmp_path):
+    """The pipeline's Hessian is checked against activations that transformers' own full model produces."""
+    source = write_model(tmp_path / "model", "qwen3")
+    quantize(source, tmp_path / "out", QuantizeConfig(method="foem", beta=0.2, **SMALL))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokens = sample_tokens(read_texts(str(CALIBRATION)), tokenizer, 8, 64, 0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    seen = []
+    layer = model.model.layers[0].mlp.down_proj
+    attention = dequantized(tmp_path / "out")
+    for name, weight in attention.items():  # everything before down_proj in block 0 is quantized when its turn comes
+        if name.startswith("model.layers.0.") and "down_proj" not in name:
+            model.get_submodule(name).weight.data.copy_(weight)
+    layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 128).double()))
+    with torch.no_grad():
+        model(tokens)
+    x = torch.cat(seen)
+    expected = solve(layer.weight.detach().double(), x.T @ x / len(x), QuantSpec(4, 32), SolverConfig(beta=0.2)).quantized
+    got = read_linear(Weights(tmp_path / "out"), "model.layers.0.mlp.down_proj", read_config(tmp_path / "out"))[0]
+    assert torch.equal(got.scales[:, 0].float(), expected.scales[:, 0].float())
+    assert (got.codes == expected.codes).float().mean() > 0.99  # float32 against float64 activations
+
+
+def test_full_precision_stream_sees_the_untouched_model(tmp_path):
+    """alpha > 0 on block 1: D from two full transformers models, one original, one with block 0 and qkv quantized."""
+    source = write_model(tmp_path / "model", "llama")
+    quantize(source, tmp_path / "out", QuantizeConfig(method="gptaq", **{**SMALL, "group_size": 64}))
+    tokens = sample_tokens(read_texts(str(CALIBRATION)), transformers.AutoTokenizer.from_pretrained(source), 8, 64, 0)
+    inputs = []
+    for quantized in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        if quantized:
+            for name, weight in dequantized(tmp_path / "out").items():
+                if name.startswith("model.layers.0."):
+                    model.get_submodule(name).weight.data.copy_(weight)
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda m, a: inputs.append(a[0].reshape(-1, 64).double()))
+        with torch.no_grad():
+            model(tokens)
+    fp, q = inputs
+    weight = torch.cat([model.model.layers[1].self_attn.get_submodule(f"{p}_proj").weight.detach().double() for p in "qkv"])
+    expected = solve(weight, q.T @ q / len(q), QuantSpec(4, 64), SolverConfig(alpha=0.25), (fp - q).T @ q / len(q)).quantized.codes
+    got = torch.cat([read_linear(Weights(tmp_path / "out"), f"model.layers.1.self_attn.{p}_proj", read_config(tmp_path / "out"))[0].codes
+                     for p in "qkv"])
+    assert (got == expected).float().mean() > 0.99
+
+
+def test_rtn_needs_no_text_and_rounds_to_nearest(llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeConfig(method="rtn", group_size=32, calibration="absent.jsonl"))
+    weight = load_file(llama / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    expected = dequantize(round_to_nearest(weight, QuantSpec(4, 32)), QuantSpec(4, 32))
+    assert torch.equal(dequantized(tmp_path / "out")["model.layers.1.mlp.up_proj"], expected)
+
+
+@pytest.mark.parametrize("changes", [dict(bits=2), dict(bits=3, symmetric=False), dict(bits=8), dict(group_size=-1), dict(act_order="full"),
+                                     dict(act_order="group"), dict(act_order="static"), dict(method="foem+gptaq", form="consistent"),
+                                     dict(method="gptq", symmetric=False, checkpoint_format="gptq_v2")])
+def test_options(llama, changes, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeConfig(**{**SMALL, **changes}))
+    config = read_config(tmp_path / "out")
+    assert config.spec.bits == changes.get("bits", 4) and config.spec.symmetric == changes.get("symmetric", True)
+    assert config.checkpoint_format == ("gptq" if config.spec.symmetric else "gptq_v2")
+    assert config.meta["foem"]["method"] == changes.get("method", "foem")
+    content = describe(tmp_path / "out")
+    group = 64 if changes.get("group_size") == -1 else 32
+    grid_bits = (16 + config.spec.bits) / group  # scale and zero point, averaged over columns
+    assert config.spec.bits < content["bits_per_weight"] < config.spec.bits + grid_bits + 32 / 64 + 0.01  # g_idx: an int32 a column
+    assert len(content["layers"]) == 14
+
+
+def test_same_seed_same_bytes_and_random_state_untouched(llama, tmp_path):
+    state = torch.get_rng_state()
+    for name in ("a", "b"):
+        quantize(llama, tmp_path / name, QuantizeConfig(**SMALL))
+    quantize(llama, tmp_path / "c", QuantizeConfig(**{**SMALL, "seed": 1}))
+    a, b, c = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b and a != c
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sharded_input_and_output(llama, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    model.save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    assert (tmp_path / "model/model.safetensors.index.json").is_file()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / file, tmp_path / "model" / file)
+    import foem_vllm.checkpoint as checkpoint
+    old, checkpoint.Writer.__init__.__defaults__ = checkpoint.Writer.__init__.__defaults__, (200_000,)
+    try:
+        quantize(tmp_path / "model", tmp_path / "out", QuantizeConfig(**SMALL))
+    finally:
+        checkpoint.Writer.__init__.__defaults__ = old
+    quantize(llama, tmp_path / "whole", QuantizeConfig(**SMALL))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    whole = load_file(tmp_path / "whole/model.safetensors")
+    assert set(index["weight_map"]) == set(whole) and len(set(index["weight_map"].values())) > 1
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], whole[name])
+    assert index["metadata"]["total_size"] == storage(tmp_path / "whole")["bytes"]
+
+
+def test_excluded_modules_stay(llama, tmp_path):
+    report = quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL, exclude=[r"down_proj", r"layers\.0\.self_attn"]))
+    after = load_file(tmp_path / "out/model.safetensors")
+    before = load_file(llama / "model.safetensors")
+    for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+        assert torch.equal(after[name + ".weight"], before[name + ".weight"])
+        assert "excluded" in report.skipped[name] and read_config(tmp_path / "out").spec_for(name) is None
+    assert read_config(tmp_path / "out").spec_for("model.layers.1.self_attn.q_proj") == QuantSpec(4, 32)
+
+
+def test_transformers_loads_what_the_config_says(llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.quantization_config["quant_method"] == "gptq" and config.quantization_config["desc_act"] is False
+    assert json.loads((tmp_path / "out/quantize_config.json").read_text()) == config.quantization_config
+    card = (tmp_path / "out/README.md").read_text()
+    assert "library_name: transformers" in card and "--quantization foem" in card
+
+
+# ---------------------------------------------------------------- bad input, through the command line
+
+def cli(*arguments, **kwargs):
+    return subprocess.run([sys.executable, "-m", "foem_vllm.cli", "quantize", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=300, **kwargs)
+
+
+def copy_of(model, folder, **tensors):
+    shutil.copytree(model, folder)
+    if tensors:
+        weights = load_file(folder / "model.safetensors")
+        for name, change in tensors.items():
+            weights[name.replace("__", ".")] = change(weights[name.replace("__", ".")])
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+def spoil(t):
+    t = t.clone()
+    t[0, 0] = float("nan")
+    return t
+
+
+BAD_MODELS = {
+    "missing": (lambda m, t: t / "absent", "no such folder"),
+    "empty": (lambda m, t: (t / "empty").mkdir() or t / "empty", "no config.json"),
+    "no weights": (lambda m, t: [copy_of(m, t / "m"), (t / "m/model.safetensors").unlink()] and t / "m", "no .safetensors"),
+    "not causal": (lambda m, t: edit_config(copy_of(m, t / "m"), architectures=["T5ForConditionalGeneration"], model_type="t5"),
+                   "not a causal language model"),
+    "quantized": (lambda m, t: edit_config(copy_of(m, t / "m"), quantization_config={"quant_method": "awq"}), "already quantized (awq)"),
+    "broken json": (lambda m, t: (copy_of(m, t / "m") / "config.json").write_text("{") and t / "m", "not valid JSON"),
+    "truncated": (lambda m, t: os.truncate(copy_of(m, t / "m") / "model.safetensors", 100_000) or t / "m", "truncated or damaged"),
+    "other shapes": (lambda m, t: edit_config(copy_of(m, t / "m"), intermediate_size=256), "mlp.gate_proj.weight is [128, 64]"),
+    "nan weights": (lambda m, t: copy_of(m, t / "m", model__layers__1__mlp__up_proj__weight=spoil),
+                    "model.layers.1.mlp.up_proj.weight: NaN or Inf in the weights"),
+    "overflow": (lambda m, t: copy_of(m, t / "m", model__layers__0__input_layernorm__weight=lambda w: w * 1e38),
+                 "model.layers.0.self_attn.q_proj"),
+    "no tokenizer": (lambda m, t: [copy_of(m, t / "m"), (t / "m/tokenizer.json").unlink(), (t / "m/tokenizer_config.json").unlink()]
+                     and t / "m", "no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models(case, llama, tmp_path):
+    make, message = BAD_MODELS[case]
+    model = make(llama, tmp_path)
+    with pytest.raises(FoemError) as caught:
+        quantize(model, tmp_path / "out", QuantizeConfig(**SMALL))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def text_file(folder: pathlib.Path, name: str, content: str) -> str:
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+BAD_OPTIONS = {
+    "group": (lambda t: dict(group_size=48), "model.layers.0.self_attn.q_proj has 64 input columns"),
+    "method": (lambda t: dict(method="gptqq"), "--method gptqq is unknown"),
+    "beta of gptq": (lambda t: dict(method="gptq", beta=0.1), "--beta 0.1 has no meaning for --method gptq"),
+    "alpha of foem": (lambda t: dict(method="foem", alpha=0.1), "--alpha 0.1 has no meaning"),
+    "bits": (lambda t: dict(bits=5), "bits=5"),
+    "order of rtn": (lambda t: dict(method="rtn", act_order="full"), "--act-order"),
+    "v1 asymmetric": (lambda t: dict(symmetric=False, checkpoint_format="gptq"), "gptq_v2"),
+    "missing text": (lambda t: dict(calibration=str(t / "absent.jsonl")), "absent.jsonl: no such file"),
+    "empty text": (lambda t: dict(calibration=text_file(t, "e.jsonl", "")), "e.jsonl: the file is empty"),
+    "no field": (lambda t: dict(calibration=text_file(t, "f.jsonl", '{"text": "a"}\n{"body": "b"}\n')), "line 2 is not a JSON object"),
+    "little text": (lambda t: dict(calibration=text_file(t, "s.txt", "a few words")), "tokens, but --samples 8 x --seq-len 64 need 512"),
+    "unknown file": (lambda t: dict(calibration=text_file(t, "s.docx", "a few words").replace(str(t), str(t))), "s.docx"),
+    "too long": (lambda t: dict(seq_len=1024), "context of 128"),
+    "device": (lambda t: dict(device="cuda:7"), "--device cuda:7"),
+    "everything excluded": (lambda t: dict(exclude=["."]), "no linear is left"),
+    "regex": (lambda t: dict(exclude=["("]), "not a regular expression"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(case, llama, tmp_path):
+    make, message = BAD_OPTIONS[case]
+    with pytest.raises(FoemError) as caught:
+        quantize(llama, tmp_path / "out", QuantizeConfig(**{**SMALL, **make(tmp_path)}))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_output_folder_that_is_not_empty(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("kept")
+    done = cli(llama, tmp_path / "out", "--method", "rtn", "--group-size", 32)
+    assert done.returncode == 1 and "exists and is not empty" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "out/precious").read_text() == "kept"
+
+
+def test_disk_full_while_saving(llama, tmp_path):
+    """A file-size limit makes the kernel refuse the shard the way a full disk does (EFBIG instead of ENOSPC)."""
+    done = cli(llama, tmp_path / "out", "--method", "rtn", "--group-size", 32,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 1, done.stderr
+    assert "disk is full" in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_too_small_is_noticed_before(llama, tmp_path):
+    from foem_vllm.checkpoint import check_space
+    with pytest.raises(FoemError, match="free, but the checkpoint needs about"):
+        check_space(tmp_path / "out", 1 << 60)
+
+
+def test_cli_quantize_and_inspect(tmp_path):
+    done = cli(TINYLM, tmp_path / "out", "--calibration", CALIBRATION, "--samples", 8, "--seq-len", 64)
+    assert done.returncode == 0, done.stderr
+    assert "42 linears, 4.25 bits per weight" in done.stdout and "--quantization foem" in done.stdout
+    shown = subprocess.run([sys.executable, "-m", "foem_vllm.cli", "inspect", str(tmp_path / "out"), "--json"], capture_output=True, text=True)
+    content = json.loads(shown.stdout)
+    assert len(content["layers"]) == 42 and content["recipe"]["beta"] == 0.2 and content["layers"][0]["relative"] > 0
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json.gz", "parquet"])
+def test_calibration_files(suffix, tmp_path):
+    """The same documents from every kind of file; .txt is one document."""
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+    texts = [f"document {i} says something" for i in range(40)]
+    path = tmp_path / f"text.{suffix}"
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    if suffix == "txt":
+        path.write_text("\n".join(texts))
+        assert list(read_texts(str(path))) == ["\n".join(texts)]
+        return
+    if suffix == "jsonl":
+        path.write_text(lines)
+    elif suffix == "json.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    assert list(read_texts(str(path))) == texts
+
+
+def test_sample_tokens_are_whole_windows_of_the_text():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINYLM)
+    texts = list(read_texts(str(CALIBRATION)))[:30]
+    a, b, c = (sample_tokens(texts, tokenizer, 4, 32, seed) for seed in (0, 0, 1))
+    assert a.shape == (4, 32) and torch.equal(a, b) and not torch.equal(a, c)
+    whole = "".join(texts)
+    piece = tokenizer.decode(a[0][a[0] != 0][5:15])
+    assert piece in whole
+    chat = sample_tokens(texts, tokenizer, 4, 32, 0, chat=True)
+    assert "<|im_start|>" in tokenizer.decode(chat.flatten())

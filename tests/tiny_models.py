@@ -1,0 +1,43 @@
+"""Small random-weight models of several architectures, written as ordinary model folders, with tinylm's tokenizer."""
+import pathlib
+import shutil
+
+import torch
+import transformers
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINYLM = ROOT / "eval/tinylm/qwen3"
+CALIBRATION = ROOT / "eval/tinylm/data/calibration.jsonl"
+EVALUATION = ROOT / "eval/tinylm/data/evaluation.jsonl"
+
+COMMON = dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+              max_position_embeddings=128, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+CONFIGS = {
+    "llama": ("LlamaConfig", COMMON),
+    "qwen2": ("Qwen2Config", COMMON),
+    "qwen3": ("Qwen3Config", {**COMMON, "head_dim": 32, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**COMMON, "sliding_window": 16}),
+    "gemma": ("GemmaConfig", {**COMMON, "head_dim": 16}),
+    "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 16, "sliding_window": 16}),
+    "phi3": ("Phi3Config", COMMON),
+    "opt": ("OPTConfig", dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
+                              max_position_embeddings=128, word_embed_proj_dim=64, bos_token_id=0, eos_token_id=0, pad_token_id=0)),
+    "gpt_neox": ("GPTNeoXConfig", dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+                                       max_position_embeddings=128, bos_token_id=0, eos_token_id=0)),
+}
+
+
+def write_model(folder: pathlib.Path, arch: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> pathlib.Path:
+    """A model of `arch` with random weights in `folder`; the global random state is left as found."""
+    name, values = CONFIGS[arch]
+    config = getattr(transformers, name)(**{**values, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for p in model.parameters():  # wider than the usual initialization, so that attention and activations do something
+            if p.ndim == 2:
+                p.data.mul_(4)
+    model.to(dtype).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINYLM / file, folder / file)
+    return folder
