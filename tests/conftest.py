@@ -1,0 +1,29 @@
+"""Models that tests share."""
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+import torch
+
+TINYLM = pathlib.Path(__file__).parent.parent / "eval" / "tinylm" / "qwen3"
+
+
+@pytest.fixture(scope="session")
+def tinylm() -> pathlib.Path:
+    """The trained model of the repository; FOEM_TINYLM names another folder while it is being trained."""
+    folder = pathlib.Path(os.environ.get("FOEM_TINYLM", TINYLM))
+    assert (folder / "model.safetensors").is_file(), f"{folder} holds no model; train it with eval/tinylm/train.py"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> pathlib.Path:
+    """Two random layers, saved: where only names, shapes and files matter."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("untrained")
+    Qwen3ForCausalLM(Qwen3Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                 head_dim=64, vocab_size=256, tie_word_embeddings=True)).bfloat16().save_pretrained(folder)
+    return folder
