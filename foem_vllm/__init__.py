@@ -1,8 +1,9 @@
 """FOEM INT4 quantization of causal LMs into GPTQ-format checkpoints, and the vLLM plugin that serves them.
 
-    from foem_vllm import QuantizeConfig, quantize
-    report = quantize("Qwen/Qwen3-0.6B", "out", QuantizeConfig(method="foem", calibration="text.jsonl"))
+from foem_vllm import QuantizeConfig, quantize
+report = quantize("Qwen/Qwen3-0.6B", "out", QuantizeConfig(method="foem", calibration="text.jsonl"))
 """
+
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
@@ -18,6 +19,7 @@ def __getattr__(name: str):
     # Imported on first use: the plugin loads this package in every vLLM process and needs none of the quantizer.
     if name in ("quantize", "QuantizeConfig"):
         import importlib
+
         pipeline = importlib.import_module("foem_vllm.pipeline")
         return getattr(pipeline, name)
     raise AttributeError(f"module 'foem_vllm' has no attribute {name!r}")

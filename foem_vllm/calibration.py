@@ -1,4 +1,5 @@
 """Calibration text -> token sequences of equal length: a hub data set, or a local .txt, .jsonl, .json.gz or .parquet file."""
+
 from __future__ import annotations
 
 import gzip
@@ -18,8 +19,8 @@ HUB_FILES = {"allenai/c4": "en/c4-train.00000-of-01024.json.gz"}
 def read_texts(source: str, split: str = "train", column: str = "text") -> Iterable[str]:
     """The documents of a calibration source, in stored order (a hub data set: streamed).
 
-    `.txt` is one document; `.jsonl`, `.json` (one object a line) and their `.gz` have `column` in every line; `.parquet` has it as a
-    column. Raises FoemError naming the file, the line and the remedy.
+    `.txt` is one document; `.jsonl`, `.json` (one object a line) and their `.gz` have `column` in every line; `.parquet` has
+    it as a column. Raises FoemError naming the file, the line and the remedy.
     """
     path = pathlib.Path(source)
     local = path.exists() or path.is_absolute() or source.startswith(".") or source.endswith(SUFFIXES)
@@ -35,30 +36,36 @@ def read_texts(source: str, split: str = "train", column: str = "text") -> Itera
         return [path.read_text("utf-8", "replace")]
     if source.endswith(".parquet"):
         import pyarrow.parquet as parquet
+
         table = parquet.ParquetFile(path)
         if column not in table.schema_arrow.names:
-            raise FoemError(f"--calibration {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; "
-                            "name it with --text-column")
+            raise FoemError(
+                f"--calibration {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; "
+                "name it with --text-column"
+            )
         return [t for t in table.read([column]).column(column).to_pylist() if t]
     return list(_json_lines(path, column))
 
 
 def _json_lines(path: pathlib.Path, column: str) -> Iterator[str]:
-    with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")) as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)[column]
             except (ValueError, KeyError, TypeError):
-                raise FoemError(f"--calibration {path}: line {number} is not a JSON object with a {column!r} field; "
-                                "name the field with --text-column") from None
+                raise FoemError(
+                    f"--calibration {path}: line {number} is not a JSON object with a {column!r} field; "
+                    "name the field with --text-column"
+                ) from None
             if text:
                 yield text
 
 
 def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     from datasets import load_dataset
+
     try:
         data = load_dataset(name, data_files=HUB_FILES.get(name), split=split, streaming=True)
         for row in data:
@@ -69,16 +76,19 @@ def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     except FoemError:
         raise
     except Exception as error:  # datasets and the hub client raise many unrelated types
-        raise FoemError(f"--calibration {name}: the hub did not deliver this data set ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]}); check the name and the network, or give a local file") from None
+        raise FoemError(
+            f"--calibration {name}: the hub did not deliver this data set ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); check the name and the network, or give a local file"
+        ) from None
 
 
-def sample_tokens(texts: Iterable[str], tokenizer, samples: int, seq_len: int, seed: int, source: str = "calibration",
-                  chat: bool = False) -> torch.Tensor:
+def sample_tokens(
+    texts: Iterable[str], tokenizer, samples: int, seq_len: int, seed: int, source: str = "calibration", chat: bool = False
+) -> torch.Tensor:
     """[samples, seq_len] int64: windows of the documents in a seeded random order, the end-of-text token between them.
 
-    A stream is shuffled within its first 20 * samples documents. Too few tokens raise FoemError with both numbers. With `chat` every document
-    is put into the tokenizer's chat template as the assistant's turn. Only a generator of its own is used.
+    A stream is shuffled within its first 20 * samples documents. Too few tokens raise FoemError with both numbers. With `chat`
+    every document is put into the tokenizer's chat template as the assistant's turn. Only a generator of its own is used.
     """
     generator = torch.Generator().manual_seed(seed)
     if not isinstance(texts, list):
@@ -94,8 +104,9 @@ def sample_tokens(texts: Iterable[str], tokenizer, samples: int, seq_len: int, s
     for i in torch.randperm(len(texts), generator=generator).tolist():
         text = texts[i]
         if chat:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": "Continue."}, {"role": "assistant", "content": text}],
-                                                 tokenize=False)
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Continue."}, {"role": "assistant", "content": text}], tokenize=False
+            )
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
@@ -103,6 +114,8 @@ def sample_tokens(texts: Iterable[str], tokenizer, samples: int, seq_len: int, s
             break
     windows = torch.tensor(ids[: len(ids) // seq_len * seq_len], dtype=torch.int64).view(-1, seq_len)
     if len(windows) < samples:
-        raise FoemError(f"--calibration {source}: {len(ids)} tokens, but --samples {samples} x --seq-len {seq_len} need {needed}; "
-                        "give more text or lower one of them")
+        raise FoemError(
+            f"--calibration {source}: {len(ids)} tokens, but --samples {samples} x --seq-len {seq_len} need {needed}; "
+            "give more text or lower one of them"
+        )
     return windows[torch.randperm(len(windows), generator=generator)[:samples]]

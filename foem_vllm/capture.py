@@ -1,4 +1,5 @@
 """Second moments of what linears are fed, collected by hooks. Linears fed by the same tensor share one."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,8 +32,10 @@ class Moments:
         h = self._h / max(self.tokens, 1)
         d = None if self._d is None else self._d / max(self.tokens, 1)
         if not torch.isfinite(h).all() or (d is not None and not torch.isfinite(d).all()):
-            raise FoemError(f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
-                            "(is it run in the dtype it was trained in?)")
+            raise FoemError(
+                f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
+                "(is it run in the dtype it was trained in?)"
+            )
         return h, d
 
 
@@ -47,12 +50,14 @@ def find_stages(linears: dict[str, nn.Linear], run: Callable[[], object]) -> lis
     def hook(name):
         def before(module, args):
             for i, seen in enumerate(inputs):
-                if seen is args[0] or (seen.data_ptr() == args[0].data_ptr() and seen.shape == args[0].shape
-                                       and seen._version == args[0]._version):
+                if seen is args[0] or (
+                    seen.data_ptr() == args[0].data_ptr() and seen.shape == args[0].shape and seen._version == args[0]._version
+                ):
                     stages[i].append(name)
                     return
             inputs.append(args[0])
             stages.append([name])
+
         return before
 
     handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]

@@ -1,8 +1,9 @@
 """Write a quantized checkpoint folder so that it is either whole or absent, and read it back to prove it.
 
-Shards are written into a hidden folder beside the target, which is renamed at the very end: an interrupted run leaves nothing that
-loads. Left out so far: resuming (the hidden folder is removed on failure).
+Shards are written into a hidden folder beside the target, which is renamed at the very end: an interrupted run leaves nothing
+that loads. Left out so far: resuming (the hidden folder is removed on failure).
 """
+
 from __future__ import annotations
 
 import errno
@@ -42,8 +43,10 @@ def check_space(out: pathlib.Path, needed: int) -> None:
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise FoemError(f"{parent}: {free / 1e9:.2f} GB free, but the checkpoint needs about {needed / 1e9:.2f} GB; free some space or "
-                        "choose another output folder")
+        raise FoemError(
+            f"{parent}: {free / 1e9:.2f} GB free, but the checkpoint needs about {needed / 1e9:.2f} GB; free some space or "
+            "choose another output folder"
+        )
 
 
 def digest(q: Quantized, spec: QuantSpec) -> str:
@@ -103,13 +106,17 @@ class Writer:
         weight_map, digests = {}, {}
         with disk_errors(self.folder):
             for i, names in enumerate(self.shards):
-                final = "model.safetensors" if len(self.shards) == 1 else f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
+                final = (
+                    "model.safetensors" if len(self.shards) == 1 else f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
+                )
                 self._path(i).rename(self.folder / final)
                 weight_map.update(dict.fromkeys(names, final))
                 digests[final] = file_digest(self.folder / final)
             if len(self.shards) > 1:
-                write_json(self.folder / "model.safetensors.index.json",
-                           {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))})
+                write_json(
+                    self.folder / "model.safetensors.index.json",
+                    {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))},
+                )
             quantization.meta.setdefault("foem", {})["sha256"] = digests
             section = quantization.to_json()
             write_json(self.folder / "config.json", {**config, "quantization_config": section})
@@ -117,7 +124,12 @@ class Writer:
             write_json(self.folder / REPORT_FILE, report)
             (self.folder / "README.md").write_text(card, "utf-8")
             for file in sorted(source.iterdir()):
-                if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name not in OURS and not file.name.endswith(".index.json"):
+                if (
+                    file.is_file()
+                    and file.suffix not in WEIGHT_SUFFIXES
+                    and file.name not in OURS
+                    and not file.name.endswith(".index.json")
+                ):
                     shutil.copyfile(file, self.folder / file.name)
         verify(self.folder, self.digests)
         umask = os.umask(0)
@@ -142,9 +154,12 @@ class disk_errors:
             return
         code = getattr(error, "errno", None)
         full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            f"os error {c}" in str(error) for c in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            f"os error {c}" in str(error) for c in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        )
         what = "the disk is full" if full else f"writing failed ({error})"
-        raise FoemError(f"{self.folder.parent}: {what}; nothing was kept, free some space or choose another output folder") from error
+        raise FoemError(
+            f"{self.folder.parent}: {what}; nothing was kept, free some space or choose another output folder"
+        ) from error
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -173,7 +188,9 @@ def verify(folder: pathlib.Path, digests: dict[str, str]) -> None:
     config, weights = read_config(folder), Weights(folder)
     found = quantized_modules(weights.files)
     if found != sorted(digests):
-        raise FoemError(f"{folder}: verification found {len(found)} quantized modules, expected {len(digests)}; please report this")
+        raise FoemError(
+            f"{folder}: verification found {len(found)} quantized modules, expected {len(digests)}; please report this"
+        )
     for module, expected in digests.items():
         q, spec = read_linear(weights, module, config)
         if digest(q, spec) != expected:
@@ -193,9 +210,20 @@ def tensor_sizes(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], int]]
     return sizes
 
 
-_HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-                  "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-                  "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_HEADER_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 def storage(folder: pathlib.Path) -> dict[str, float]:
@@ -210,8 +238,11 @@ def storage(folder: pathlib.Path) -> dict[str, float]:
         numbers = sum(int(torch.Size(shape).numel()) for shape, _ in sizes.values())
         return {"bytes": total, "bits_per_weight": 8 * total / max(numbers, 1), "quantized_weights": 0}
     config = read_config(folder)
-    bits = sum(8 * size for name, (_, size) in sizes.items()
-               if name.rpartition(".")[0] in modules and name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx"))
+    bits = sum(
+        8 * size
+        for name, (_, size) in sizes.items()
+        if name.rpartition(".")[0] in modules and name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx")
+    )
     weights = sum(sizes[f"{m}.qweight"][0][0] * 32 // config.spec_for(m).bits * sizes[f"{m}.qweight"][0][1] for m in modules)
     return {"bytes": total, "bits_per_weight": bits / weights, "quantized_weights": weights}
 
@@ -227,7 +258,20 @@ def describe(folder: pathlib.Path) -> dict:
     for module in quantized_modules(weights.files):
         if module not in known:
             q, spec = read_linear(weights, module, config)
-            layers.append({"name": module, "n": q.codes.shape[0], "k": q.codes.shape[1], "bits": spec.bits,
-                           "group_size": spec.group_size, "relative": None, "notes": []})
-    return {**storage(folder), "checkpoint_format": config.checkpoint_format, "recipe": (config.meta or {}).get("foem", {}),
-            "layers": layers}
+            layers.append(
+                {
+                    "name": module,
+                    "n": q.codes.shape[0],
+                    "k": q.codes.shape[1],
+                    "bits": spec.bits,
+                    "group_size": spec.group_size,
+                    "relative": None,
+                    "notes": [],
+                }
+            )
+    return {
+        **storage(folder),
+        "checkpoint_format": config.checkpoint_format,
+        "recipe": (config.meta or {}).get("foem", {}),
+        "layers": layers,
+    }

@@ -1,4 +1,5 @@
 """`foem`: quantize, inspect, eval."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,13 @@ from foem_vllm.errors import FoemError
 from foem_vllm.pipeline import METHODS, QuantizeConfig
 from foem_vllm.pipeline import quantize as run_quantize
 
-app = typer.Typer(name="foem", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Quantize causal LMs to GPTQ-format INT4 with FOEM, look at the result, measure it.")
+app = typer.Typer(
+    name="foem",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize causal LMs to GPTQ-format INT4 with FOEM, look at the result, measure it.",
+)
 DEFAULTS = QuantizeConfig()
 
 
@@ -25,7 +31,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+):
     pass
 
 
@@ -35,38 +43,83 @@ def quantize(
     out: Annotated[pathlib.Path, typer.Argument(help="New folder for the checkpoint.")],
     method: Annotated[str, typer.Option(help=" | ".join(METHODS), rich_help_panel="Method")] = DEFAULTS.method,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.", rich_help_panel="Method")] = DEFAULTS.bits,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for a whole row.",
-                                            rich_help_panel="Method")] = DEFAULTS.group_size,
+    group_size: Annotated[
+        int, typer.Option(help="Columns that share a scale; -1 for a whole row.", rich_help_panel="Method")
+    ] = DEFAULTS.group_size,
     asym: Annotated[bool, typer.Option("--asym", help="Asymmetric grid, with zero points.", rich_help_panel="Method")] = False,
-    act_order: Annotated[str, typer.Option(help="none; group (GAR: better weights, no cost in serving); static; full (desc_act).",
-                                           rich_help_panel="Method")] = DEFAULTS.act_order,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the input-drift term (gptaq, foem+gptaq); default 0.25.",
-                                                rich_help_panel="Method")] = None,
-    beta: Annotated[float | None, typer.Option(help="Weight of the first-order term (foem, foem+gptaq); default 0.2.",
-                                               rich_help_panel="Method")] = None,
-    damp: Annotated[float, typer.Option(help="Damping, as a fraction of the Hessian's mean diagonal.",
-                                        rich_help_panel="Method")] = DEFAULTS.damping,
-    form: Annotated[str, typer.Option(help="First-order term as published (by the authors' code) or consistent (every column).",
-                                      rich_help_panel="Method")] = DEFAULTS.form,
-    calibration_source: Annotated[str, typer.Option("--calibration", help="Hub data set, or a .txt, .jsonl, .json.gz or .parquet file.",
-                                                    rich_help_panel="Calibration")] = calibration.DEFAULT,
+    act_order: Annotated[
+        str,
+        typer.Option(
+            help="none; group (GAR: better weights, no cost in serving); static; full (desc_act).", rich_help_panel="Method"
+        ),
+    ] = DEFAULTS.act_order,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Weight of the input-drift term (gptaq, foem+gptaq); default 0.25.", rich_help_panel="Method"),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of the first-order term (foem, foem+gptaq); default 0.2.", rich_help_panel="Method"),
+    ] = None,
+    damp: Annotated[
+        float, typer.Option(help="Damping, as a fraction of the Hessian's mean diagonal.", rich_help_panel="Method")
+    ] = DEFAULTS.damping,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="First-order term as published (by the authors' code) or consistent (every column).", rich_help_panel="Method"
+        ),
+    ] = DEFAULTS.form,
+    calibration_source: Annotated[
+        str,
+        typer.Option(
+            "--calibration", help="Hub data set, or a .txt, .jsonl, .json.gz or .parquet file.", rich_help_panel="Calibration"
+        ),
+    ] = calibration.DEFAULT,
     split: Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel="Calibration")] = DEFAULTS.split,
-    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.",
-                                             rich_help_panel="Calibration")] = DEFAULTS.text_column,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put every document into the model's chat template.",
-                                                rich_help_panel="Calibration")] = False,
+    text_column: Annotated[
+        str, typer.Option(help="Field or column that holds the text.", rich_help_panel="Calibration")
+    ] = DEFAULTS.text_column,
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template", help="Put every document into the model's chat template.", rich_help_panel="Calibration"),
+    ] = False,
     samples: Annotated[int, typer.Option(help="Sequences.", rich_help_panel="Calibration")] = DEFAULTS.samples,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.", rich_help_panel="Calibration")] = DEFAULTS.seq_len,
     seed: Annotated[int, typer.Option(help="Which part of the text is used.", rich_help_panel="Calibration")] = DEFAULTS.seed,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")] = None,
     checkpoint_format: Annotated[str | None, typer.Option("--format", help="gptq or gptq_v2; default: by symmetry.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Regular expression of linears to leave as they are; repeatable.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of linears to leave as they are; repeatable.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
 ) -> None:
     """Quantize a model into a GPTQ-format checkpoint that vLLM serves."""
-    config = QuantizeConfig(method, bits, group_size, not asym, act_order, alpha, beta, damp, form, calibration_source, split, text_column,
-                            chat_template, samples, seq_len, seed, device, checkpoint_format, exclude or [], trust_remote_code)
+    config = QuantizeConfig(
+        method,
+        bits,
+        group_size,
+        not asym,
+        act_order,
+        alpha,
+        beta,
+        damp,
+        form,
+        calibration_source,
+        split,
+        text_column,
+        chat_template,
+        samples,
+        seq_len,
+        seed,
+        device,
+        checkpoint_format,
+        exclude or [],
+        trust_remote_code,
+    )
     report = run_quantize(model, out, config, progress=not quiet)
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]
     for note in notes[:10]:
@@ -75,26 +128,36 @@ def quantize(
         print(f"note: {len(notes) - 10} more in {out}/foem_report.json", file=sys.stderr)
     if not quiet:
         from foem_vllm.checkpoint import storage
+
         size = storage(out)
-        print(f"{out}: {len(report.layers)} linears, {size['bits_per_weight']:.2f} bits per weight, {size['bytes'] / 1e6:.1f} MB, "
-              f"{report.seconds['total']:.1f} s")
+        print(
+            f"{out}: {len(report.layers)} linears, {size['bits_per_weight']:.2f} bits per weight, {size['bytes'] / 1e6:.1f} MB, "
+            f"{report.seconds['total']:.1f} s"
+        )
         print(f"next: vllm serve {out} --quantization foem")
 
 
 @app.command()
-def inspect(folder: Annotated[pathlib.Path, typer.Argument(help="Checkpoint folder.")],
-            as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def inspect(
+    folder: Annotated[pathlib.Path, typer.Argument(help="Checkpoint folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Show what is in a checkpoint: format, layers, their errors, bits per weight, size."""
     from foem_vllm.checkpoint import describe
     from foem_vllm.report import layer_table
+
     content = describe(folder)
     if as_json:
         print(json.dumps(content, indent=2))
         return
     from rich.console import Console
+
     console = Console()
-    console.print(f"{folder}: {content['bytes'] / 1e6:.1f} MB, {content['bits_per_weight']:.2f} bits per quantized weight, "
-                  f"{len(content['layers'])} quantized linears, checkpoint_format {content['checkpoint_format']}", soft_wrap=True)
+    console.print(
+        f"{folder}: {content['bytes'] / 1e6:.1f} MB, {content['bits_per_weight']:.2f} bits per quantized weight, "
+        f"{len(content['layers'])} quantized linears, checkpoint_format {content['checkpoint_format']}",
+        soft_wrap=True,
+    )
     if content["recipe"]:
         console.print("recipe: " + ", ".join(f"{k}={v}" for k, v in content["recipe"].items() if k != "sha256"), soft_wrap=True)
     console.print(layer_table(content["layers"], "layers"))
@@ -114,8 +177,18 @@ def evaluate(
     from foem_eval.evaluate import print_table
 
     from foem_vllm.checkpoint import storage
-    print_table(run(models, tasks, include_path=include_path, max_model_len=max_model_len, backend=backend, limit=limit,
-                    storage=lambda m: storage(pathlib.Path(m)) if pathlib.Path(m).is_dir() else {}))
+
+    print_table(
+        run(
+            models,
+            tasks,
+            include_path=include_path,
+            max_model_len=max_model_len,
+            backend=backend,
+            limit=limit,
+            storage=lambda m: storage(pathlib.Path(m)) if pathlib.Path(m).is_dir() else {},
+        )
+    )
 
 
 def main() -> None:

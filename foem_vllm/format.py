@@ -14,6 +14,7 @@ g_idx    int32   [K]                   the group that column k belongs to (k // 
 The bit stream runs on across words, so 3-bit codes take 3 words for 32 codes, the layout of AutoGPTQ and GPTQModel.
 Left out: other pack dtypes than int32, Marlin- and exllama-shuffled files (private layouts of one engine).
 """
+
 from __future__ import annotations
 
 import json
@@ -41,6 +42,7 @@ class QuantSpec:
     2**(bits-1) everywhere. act_order: order in which the solver visits columns: "none"; "full" (desc_act: groups follow
     the order, g_idx is needed to serve); "group" (GAR: groups stay contiguous); "static" (scales fixed beforehand).
     """
+
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
@@ -74,6 +76,7 @@ class Quantized(NamedTuple):
     codes: [N, K] uint8. scales: [N, G] floating point, values that fp16 holds exactly. zeros: [N, G] uint8, or None when
     symmetric (2**(bits-1) everywhere). g_idx: [K] int32, or None when column k belongs to group k // group_size.
     """
+
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
@@ -154,8 +157,12 @@ def pack(q: Quantized, spec: QuantSpec, checkpoint_format: str = "gptq") -> dict
 def stored_shapes(spec: QuantSpec, k: int, n: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape and dtype (None: any floating point) of the stored tensors of a linear [n, k]."""
     g = spec.groups(k)
-    return {"qweight": ((-(-k * spec.bits // 32), n), torch.int32), "qzeros": ((g, -(-n * spec.bits // 32)), torch.int32),
-            "scales": ((g, n), None), "g_idx": ((k,), torch.int32)}
+    return {
+        "qweight": ((-(-k * spec.bits // 32), n), torch.int32),
+        "qzeros": ((g, -(-n * spec.bits // 32)), torch.int32),
+        "scales": ((g, n), None),
+        "g_idx": ((k,), torch.int32),
+    }
 
 
 def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: str, name: str, k: int, n: int) -> None:
@@ -171,8 +178,10 @@ def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: 
             raise FoemError(f"{name}.{key} is missing from the checkpoint; download or quantize it again")
         t = tensors[key]
         if tuple(t.shape) != shape or (dtype and t.dtype != dtype):
-            raise FoemError(f"{name}.{key} is {t.dtype} {list(t.shape)}, but bits={spec.bits}, group_size={spec.group_size} "
-                            f"need {dtype or 'floating point'} {list(shape)}; the config does not describe these weights")
+            raise FoemError(
+                f"{name}.{key} is {t.dtype} {list(t.shape)}, but bits={spec.bits}, group_size={spec.group_size} "
+                f"need {dtype or 'floating point'} {list(shape)}; the config does not describe these weights"
+            )
     scales = tensors["scales"]
     if not scales.is_floating_point() or not torch.isfinite(scales).all():
         raise FoemError(f"{name}.scales holds NaN or Inf; the file is damaged, download or quantize it again")
@@ -183,8 +192,10 @@ def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: 
         stored = spec.mid - (checkpoint_format == "gptq")
         if (zeros != stored).any():
             found = int(zeros[zeros != stored][0])
-            raise FoemError(f"{name}.qzeros holds {found} where symmetric checkpoint_format {checkpoint_format!r} stores {stored}; "
-                            "correct `sym` or `checkpoint_format` in config.json, or download the file again")
+            raise FoemError(
+                f"{name}.qzeros holds {found} where symmetric checkpoint_format {checkpoint_format!r} stores {stored}; "
+                "correct `sym` or `checkpoint_format` in config.json, or download the file again"
+            )
 
 
 def check_g_idx(g_idx: torch.Tensor, spec: QuantSpec, name: str) -> None:
@@ -192,16 +203,22 @@ def check_g_idx(g_idx: torch.Tensor, spec: QuantSpec, name: str) -> None:
     k = g_idx.numel()
     groups = spec.groups(k)
     if g_idx.numel() and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
-        raise FoemError(f"{name}.g_idx holds {int(g_idx.min())}..{int(g_idx.max())}, but there are {groups} groups; "
-                        "the file is damaged or group_size in config.json is wrong")
-    if not torch.equal(torch.bincount(g_idx.long().cpu(), minlength=groups),
-                       torch.bincount(group_index(k, spec).long(), minlength=groups)):
-        raise FoemError(f"{name}.g_idx does not give every group {spec.group_size} columns; "
-                        "the file is damaged or group_size in config.json is wrong")
+        raise FoemError(
+            f"{name}.g_idx holds {int(g_idx.min())}..{int(g_idx.max())}, but there are {groups} groups; "
+            "the file is damaged or group_size in config.json is wrong"
+        )
+    if not torch.equal(
+        torch.bincount(g_idx.long().cpu(), minlength=groups), torch.bincount(group_index(k, spec).long(), minlength=groups)
+    ):
+        raise FoemError(
+            f"{name}.g_idx does not give every group {spec.group_size} columns; "
+            "the file is damaged or group_size in config.json is wrong"
+        )
 
 
-def unpack(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: str = "gptq",
-           name: str = "tensor", k: int | None = None) -> Quantized:
+def unpack(
+    tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: str = "gptq", name: str = "tensor", k: int | None = None
+) -> Quantized:
     """Codes and grid of one linear from its stored tensors, checked first (see `check`).
 
     K is read from g_idx; without one pass `k`. Symmetric zeros come back as None, a trivial g_idx as None.
@@ -224,6 +241,7 @@ def unpack(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format:
 @dataclass(frozen=True)
 class FormatConfig:
     """`quantization_config` of a checkpoint: the default spec, exceptions, and where the zero points start."""
+
     spec: QuantSpec
     checkpoint_format: str = "gptq"
     lm_head: bool = False
@@ -244,18 +262,32 @@ class FormatConfig:
                 order = self.spec.act_order
                 if "desc_act" in override:
                     order = "full" if override["desc_act"] else "none"
-                return replace(self.spec, bits=override.get("bits", self.spec.bits),
-                               group_size=override.get("group_size", self.spec.group_size),
-                               symmetric=override.get("sym", self.spec.symmetric), act_order=order)
+                return replace(
+                    self.spec,
+                    bits=override.get("bits", self.spec.bits),
+                    group_size=override.get("group_size", self.spec.group_size),
+                    symmetric=override.get("sym", self.spec.symmetric),
+                    act_order=order,
+                )
         return self.spec
 
     def to_json(self) -> dict:
         """The `quantization_config` dictionary of config.json (GPTQModel's keys)."""
         spec = self.spec
-        return {"quant_method": "gptq", "bits": spec.bits, "group_size": spec.group_size, "desc_act": spec.desc_act,
-                "sym": spec.symmetric, "static_groups": spec.act_order == "static", "lm_head": self.lm_head,
-                "checkpoint_format": self.checkpoint_format, "pack_dtype": "int32", "true_sequential": True,
-                **({"dynamic": self.dynamic} if self.dynamic else {}), "meta": self.meta or {}}
+        return {
+            "quant_method": "gptq",
+            "bits": spec.bits,
+            "group_size": spec.group_size,
+            "desc_act": spec.desc_act,
+            "sym": spec.symmetric,
+            "static_groups": spec.act_order == "static",
+            "lm_head": self.lm_head,
+            "checkpoint_format": self.checkpoint_format,
+            "pack_dtype": "int32",
+            "true_sequential": True,
+            **({"dynamic": self.dynamic} if self.dynamic else {}),
+            "meta": self.meta or {},
+        }
 
     @classmethod
     def from_json(cls, config: dict, where: str = "config.json") -> FormatConfig:
@@ -265,12 +297,15 @@ class FormatConfig:
         """
         method = str(config.get("quant_method", "gptq")).lower()
         if method not in ("gptq", "foem"):
-            raise FoemError(f"{where}: quant_method is {method!r}, not 'gptq'; this checkpoint is of another kind, serve it without "
-                            "--quantization foem")
+            raise FoemError(
+                f"{where}: quant_method is {method!r}, not 'gptq'; this checkpoint is of another kind, serve it without "
+                "--quantization foem"
+            )
         checkpoint_format = config.get("checkpoint_format") or config.get("format") or "gptq"
         if checkpoint_format not in CHECKPOINT_FORMATS:
-            raise FoemError(f"{where}: checkpoint_format {checkpoint_format!r} is not read here; "
-                            f"use one of {', '.join(CHECKPOINT_FORMATS)}")
+            raise FoemError(
+                f"{where}: checkpoint_format {checkpoint_format!r} is not read here; use one of {', '.join(CHECKPOINT_FORMATS)}"
+            )
         if config.get("pack_dtype", "int32") not in ("int32", None):
             raise FoemError(f"{where}: pack_dtype {config['pack_dtype']!r} is not read here; quantize again with int32")
         bits = config.get("bits", config.get("wbits"))
@@ -302,5 +337,7 @@ def read_config(folder: str | pathlib.Path) -> FormatConfig:
         found = content.get("quantization_config") if name == "config.json" else content
         if found:
             return FormatConfig.from_json(found, str(path))
-    raise FoemError(f"{folder}: no quantization_config in config.json and no quantize_config.json; this is not a GPTQ checkpoint "
-                    "(quantize it with `foem quantize`)")
+    raise FoemError(
+        f"{folder}: no quantization_config in config.json and no quantize_config.json; this is not a GPTQ checkpoint "
+        "(quantize it with `foem quantize`)"
+    )

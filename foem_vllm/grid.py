@@ -4,6 +4,7 @@ Scales are rounded before any code is chosen, to values that every dtype in `sca
 bfloat16) an engine that keeps the file's float16 scales and one that casts them to a bfloat16 model's dtype compute with
 the same numbers.
 """
+
 from __future__ import annotations
 
 import torch

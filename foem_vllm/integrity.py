@@ -3,6 +3,7 @@
 Plain standard library: it runs in vLLM's front end before anything is loaded. Checksums cover what shapes cannot, such as a
 flipped bit in a code; headers cover truncation also for checkpoints that carry no checksums.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -37,14 +38,16 @@ def verify_files(folder: str | pathlib.Path, meta: dict | None) -> int:
     if not isinstance(expected, dict) or os.environ.get("FOEM_SKIP_CHECKSUM") == "1":
         return 0
     paths = {name: pathlib.Path(folder) / name for name in sorted(expected)}
-    for name, path in paths.items():
+    for path in paths.values():
         if not path.is_file():
             raise FoemError(f"{path} is missing, but config.json lists its checksum; download or quantize the checkpoint again")
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         for name, found in zip(paths, pool.map(file_digest, paths.values())):
             if found != expected[name]:
-                raise FoemError(f"{paths[name]} has sha256 {found[:12]}..., but config.json expects {str(expected[name])[:12]}...; the file "
-                                "was damaged or changed, download or quantize it again (FOEM_SKIP_CHECKSUM=1 loads it anyway)")
+                raise FoemError(
+                    f"{paths[name]} has sha256 {found[:12]}..., but config.json expects {str(expected[name])[:12]}...; "
+                    "the file was damaged or changed, download or quantize it again (FOEM_SKIP_CHECKSUM=1 loads it anyway)"
+                )
     return len(paths)
 
 
@@ -79,7 +82,9 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise FoemError(f"{path}: the safetensors header is damaged ({error!r}); {again}") from None
     if 8 + length + end != size:
-        raise FoemError(f"{path} is {size} bytes, but its header describes {8 + length + end}; it was cut off or damaged, {again}")
+        raise FoemError(
+            f"{path} is {size} bytes, but its header describes {8 + length + end}; it was cut off or damaged, {again}"
+        )
     return tensors
 
 

@@ -4,6 +4,7 @@ The only module that names transformers classes. Nothing here is a table of arch
 many entries as the config has layers, linears are the `nn.Linear`s inside. Left out so far: fused 3-D expert weights and
 Conv1D (GPT-2), which are reported as not quantized.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -29,17 +30,22 @@ def resolve(model: str | pathlib.Path) -> pathlib.Path:
         if folder.exists() or folder.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
             raise FoemError(f"{model}: no such folder; give a model folder or a hub name such as Qwen/Qwen3-0.6B")
         from huggingface_hub import snapshot_download
+
         try:
             folder = pathlib.Path(snapshot_download(str(model), allow_patterns=MODEL_FILES))
         except Exception as error:  # the hub client raises many unrelated types
-            raise FoemError(f"{model}: no such folder, and the hub did not deliver it ({type(error).__name__}: "
-                            f"{str(error).splitlines()[0]}); check the name, the network and `hf auth login`") from None
+            raise FoemError(
+                f"{model}: no such folder, and the hub did not deliver it ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]}); check the name, the network and `hf auth login`"
+            ) from None
     if not (folder / "config.json").is_file():
         raise FoemError(f"{folder}: no config.json; this is not a model folder, or the download is incomplete")
     if not any(folder.glob("*.safetensors")):
         others = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
-        raise FoemError(f"{folder}: no .safetensors weights{' but ' + others[0] if others else ''}; convert the model with "
-                        "transformers' save_pretrained (pickled files are not opened)")
+        raise FoemError(
+            f"{folder}: no .safetensors weights{' but ' + others[0] if others else ''}; convert the model with "
+            "transformers' save_pretrained (pickled files are not opened)"
+        )
     return folder
 
 
@@ -47,6 +53,7 @@ def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
     """The transformers config of an unquantized causal LM; FoemError when it is something else."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     try:
         raw = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
@@ -59,7 +66,9 @@ def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
-        raise FoemError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}; a newer transformers may know this model") from None
+        raise FoemError(
+            f"{folder / 'config.json'}: {str(error).splitlines()[0]}; a newer transformers may know this model"
+        ) from None
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = config.architectures or []
     if not raw.get("auto_map") and architectures and not causal & set(architectures):
@@ -87,6 +96,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model with parameters on the meta device, in evaluation mode. The global random state is left as found."""
     from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]), _parameters_on_meta():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -98,8 +108,11 @@ def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, list) of the decoder blocks: the biggest ModuleList with as many entries as the text config has layers."""
     layers = model.config.get_text_config().num_hidden_layers
-    found = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) == layers]
+    found = [
+        (sum(p.numel() for p in m.parameters()), name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == layers
+    ]
     if not found:
         raise FoemError(f"{type(model).__name__}: no list of {layers} decoder blocks found; this architecture is not supported")
     _, name, blocks = max(found, key=lambda f: f[0])
@@ -119,8 +132,11 @@ def find_unquantizable(block: nn.Module) -> list[str]:
 
 def load_tokenizer(folder: pathlib.Path, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer back ends raise their own types
-        raise FoemError(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
-                        "copy the tokenizer files of the original model there") from None
+        raise FoemError(
+            f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
+            "copy the tokenizer files of the original model there"
+        ) from None

@@ -4,6 +4,7 @@ For every block, in order: load it, group its linears into stages that share an 
 moments with all earlier stages already quantized (true-sequential), solve, put the dequantized weights in place; then carry the
 activations on to the next block. With alpha > 0 a second stream runs through the untouched blocks.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -39,6 +40,7 @@ class QuantizeConfig:
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
     """
+
     method: str = "foem"
     bits: int = 4
     group_size: int = 128
@@ -91,7 +93,9 @@ class QuantizeConfig:
         return spec, SolverConfig(alpha, beta, self.damping, self.form), chosen
 
 
-def quantize(model: str | pathlib.Path, out: str | pathlib.Path, config: QuantizeConfig | None = None, progress: bool = False) -> Report:
+def quantize(
+    model: str | pathlib.Path, out: str | pathlib.Path, config: QuantizeConfig | None = None, progress: bool = False
+) -> Report:
     """Quantize the causal LM `model` (folder or hub name) into the new folder `out`.
 
     Returns the report that is also stored there. Raises FoemError on bad input, before anything is written where possible;
@@ -132,7 +136,9 @@ def quantize(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantiz
             step(f"block {index + 1}/{len(blocks)}")
             block = load_block(template, prefix, weights, dtype, device)
             untouched = load_block(template, prefix, weights, dtype, device) if original else None
-            for result, name, q in solve_block(block, untouched, prefix, index, chosen, spec, solver, grid_dtypes, inputs, original):
+            for result, name, q in solve_block(
+                block, untouched, prefix, index, chosen, spec, solver, grid_dtypes, inputs, original
+            ):
                 writer.add_linear(name, q, spec, checkpoint_format)
                 report.layers.append(result)
             if inputs:
@@ -149,14 +155,28 @@ def quantize(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantiz
         dynamic = {f"-:{re.escape(name)}$": {} for name in skipped if name in linear_names(blocks_name, blocks)} or None
         quantization = FormatConfig(spec, checkpoint_format, False, dynamic, meta)
         original_config = json.loads((folder / "config.json").read_text("utf-8"))
-        writer.finish(folder, original_config, quantization,
-                      model_card(str(model), report.recipe, f"{writer.total / 1e6:.1f} MB"), report.to_json())
+        writer.finish(
+            folder,
+            original_config,
+            quantization,
+            model_card(str(model), report.recipe, f"{writer.total / 1e6:.1f} MB"),
+            report.to_json(),
+        )
     return report
 
 
-def solve_block(block: nn.Module, untouched: nn.Module | None, prefix: str, index: int, chosen: set[str], spec: QuantSpec,
-                solver: SolverConfig | None, grid_dtypes: tuple[torch.dtype, ...], inputs: BlockInputs | None,
-                original: BlockInputs | None) -> Iterator[tuple[LayerResult, str, Quantized]]:
+def solve_block(
+    block: nn.Module,
+    untouched: nn.Module | None,
+    prefix: str,
+    index: int,
+    chosen: set[str],
+    spec: QuantSpec,
+    solver: SolverConfig | None,
+    grid_dtypes: tuple[torch.dtype, ...],
+    inputs: BlockInputs | None,
+    original: BlockInputs | None,
+) -> Iterator[tuple[LayerResult, str, Quantized]]:
     """Quantize the chosen linears of one block in place, stage by stage; yields (result, full name, codes)."""
     linears = {n: m for n, m in models.find_linears(block).items() if prefix + n in chosen}
     stages = capture.find_stages(linears, lambda: inputs.call(index, block, 0)) if solver else []
@@ -167,8 +187,12 @@ def solve_block(block: nn.Module, untouched: nn.Module | None, prefix: str, inde
         moments = capture.Moments(first.in_features, first.weight.device, cross=original is not None)
         for b in range(len(inputs.hidden)):
             x = capture.input_of(first, lambda b=b: inputs.call(index, block, b))
-            moments.add(x, capture.input_of(untouched.get_submodule(stage[0]), lambda b=b: original.call(index, untouched, b))
-                        if original else None)
+            moments.add(
+                x,
+                capture.input_of(untouched.get_submodule(stage[0]), lambda b=b: original.call(index, untouched, b))
+                if original
+                else None,
+            )
         h, d = moments.means(names)
         stacked = torch.cat([linears[n].weight.float() for n in stage])
         solved = solve(stacked, h, spec, solver, d)
@@ -185,8 +209,9 @@ def solve_block(block: nn.Module, untouched: nn.Module | None, prefix: str, inde
             yield apply(linear, q, spec, prefix + n, None, 0, Solved(q, 0, 0, 0, notes))
 
 
-def apply(linear: nn.Linear, q: Quantized, spec: QuantSpec, name: str, h: torch.Tensor | None, tokens: int,
-          solved: Solved) -> tuple[LayerResult, str, Quantized]:
+def apply(
+    linear: nn.Linear, q: Quantized, spec: QuantSpec, name: str, h: torch.Tensor | None, tokens: int, solved: Solved
+) -> tuple[LayerResult, str, Quantized]:
     """Put the dequantized weight in place and measure what it costs."""
     after = dequantize(q, spec)
     loss = relative = None
@@ -196,13 +221,24 @@ def apply(linear: nn.Linear, q: Quantized, spec: QuantSpec, name: str, h: torch.
         relative = loss / max(layer_loss(before, h), 1e-30)
     linear.weight.data.copy_(after)
     n, k = linear.weight.shape
-    result = LayerResult(name, n, k, spec.bits, spec.group_size, loss, relative, solved.damping if h is not None else None, tokens,
-                         list(solved.notes))
+    result = LayerResult(
+        name,
+        n,
+        k,
+        spec.bits,
+        spec.group_size,
+        loss,
+        relative,
+        solved.damping if h is not None else None,
+        tokens,
+        list(solved.notes),
+    )
     return result, name, q
 
 
-def choose_linears(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str],
-                   weights: Weights) -> tuple[set[str], dict[str, str]]:
+def choose_linears(
+    blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str], weights: Weights
+) -> tuple[set[str], dict[str, str]]:
     """(full names of linears to quantize, name -> reason of two-dimensional parameters that stay).
 
     Raises FoemError when nothing is left, when K is not a multiple of the group size, or when the files use other names.
@@ -216,14 +252,20 @@ def choose_linears(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exc
                 skipped[full] = "excluded by --exclude"
                 continue
             if f"{full}.weight" not in weights.files:
-                near = next((n for n in weights.files if n.endswith(f"{index}.{name}.weight")), next(iter(weights.files), "nothing"))
-                raise FoemError(f"{full}.weight: not among the model's weights (found for example {near}); load and save the model once "
-                                "with transformers")
+                near = next(
+                    (n for n in weights.files if n.endswith(f"{index}.{name}.weight")), next(iter(weights.files), "nothing")
+                )
+                raise FoemError(
+                    f"{full}.weight: not among the model's weights (found for example {near}); load and save the model once "
+                    "with transformers"
+                )
             k = linear.in_features
             if spec.group_size != -1 and k % spec.group_size:
                 fitting = [g for g in (256, 128, 64, 32, 16) if k % g == 0]
-                raise FoemError(f"{full} has {k} input columns, not a multiple of --group-size {spec.group_size}; choose "
-                                f"{' or '.join(map(str, [*fitting, -1]))}, or leave it out with --exclude")
+                raise FoemError(
+                    f"{full} has {k} input columns, not a multiple of --group-size {spec.group_size}; choose "
+                    f"{' or '.join(map(str, [*fitting, -1]))}, or leave it out with --exclude"
+                )
             chosen.add(full)
         skipped.update({prefix + name: "not a plain linear" for name in models.find_unquantizable(block)})
     if not chosen:
@@ -243,11 +285,14 @@ def calibration_tokens(config: QuantizeConfig, folder: pathlib.Path, hf_config) 
         raise FoemError(f"--seq-len {config.seq_len} is longer than this model's context of {limit}; use --seq-len {limit}")
     tokenizer = models.load_tokenizer(folder, config.trust_remote_code)
     texts = calibration.read_texts(config.calibration, config.split, config.text_column)
-    tokens = calibration.sample_tokens(texts, tokenizer, config.samples, config.seq_len, config.seed, config.calibration,
-                                       config.chat_template)
+    tokens = calibration.sample_tokens(
+        texts, tokenizer, config.samples, config.seq_len, config.seed, config.calibration, config.chat_template
+    )
     if int(tokens.max()) >= text_config.vocab_size:
-        raise FoemError(f"{folder}: the tokenizer gives token {int(tokens.max())}, but the model has {text_config.vocab_size}; "
-                        "its files belong to different models")
+        raise FoemError(
+            f"{folder}: the tokenizer gives token {int(tokens.max())}, but the model has {text_config.vocab_size}; "
+            "its files belong to different models"
+        )
     return tokens
 
 
@@ -260,7 +305,9 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError:
         raise FoemError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise FoemError(f"--device {name}: torch {torch.__version__} sees no such GPU; use --device cpu or install a CUDA build of torch")
+        raise FoemError(
+            f"--device {name}: torch {torch.__version__} sees no such GPU; use --device cpu or install a CUDA build of torch"
+        )
     if device.type not in ("cpu", "cuda"):
         raise FoemError(f"--device {name} is not supported; use cpu or cuda")
     return device
@@ -280,8 +327,11 @@ def recipe_of(config: QuantizeConfig, solver: SolverConfig | None) -> dict:
     recipe = asdict(config)
     for name in ("device", "trust_remote_code", "checkpoint_format"):
         recipe.pop(name)
-    recipe.update({"alpha": solver.alpha, "beta": solver.beta} if solver else
-                  dict.fromkeys(("alpha", "beta", "damping", "form", "calibration", "samples", "seq_len", "seed")))
+    recipe.update(
+        {"alpha": solver.alpha, "beta": solver.beta}
+        if solver
+        else dict.fromkeys(("alpha", "beta", "damping", "form", "calibration", "samples", "seq_len", "seed"))
+    )
     if recipe["calibration"] and pathlib.Path(recipe["calibration"]).exists():
         recipe["calibration"] = pathlib.Path(recipe["calibration"]).name  # a local path says nothing elsewhere
     return {key: value for key, value in recipe.items() if value not in (None, [])}
@@ -289,6 +339,7 @@ def recipe_of(config: QuantizeConfig, solver: SolverConfig | None) -> dict:
 
 def version() -> str:
     from foem_vllm import __version__
+
     return __version__
 
 
@@ -299,8 +350,16 @@ def progress_bar(show: bool, total: int):
         yield lambda text: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(),
-                  TextColumn("left"), TimeRemainingColumn()) as bar:
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ) as bar:
         task = bar.add_task("preparing", total=total)
         count = 0
 
@@ -308,6 +367,7 @@ def progress_bar(show: bool, total: int):
             nonlocal count
             bar.update(task, description=text, completed=min(count, total))
             count += 1
+
         yield step
 
 

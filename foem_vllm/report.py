@@ -1,4 +1,5 @@
 """What happened to every layer: collected while quantizing, stored as foem_report.json, shown as a table."""
+
 from __future__ import annotations
 
 import pathlib
@@ -12,7 +13,8 @@ REPORT_FILE = "foem_report.json"
 
 @dataclass
 class LayerResult:
-    """One quantized linear [n, k]. loss: tr(E H E^T) / N per token on the calibration tokens. relative: over the output's power."""
+    """One quantized linear [n, k]. loss: tr(E H E^T) / N per calibration token. relative: over the output's power."""
+
     name: str
     n: int
     k: int
@@ -28,6 +30,7 @@ class LayerResult:
 @dataclass
 class Report:
     """layers: in the order they were solved. skipped: parameters left unquantized, with the reason. seconds: wall time."""
+
     recipe: dict
     layers: list[LayerResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -37,38 +40,65 @@ class Report:
         import transformers
 
         from foem_vllm import __version__
-        environment = {"foem_vllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                       "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-        return {"recipe": self.recipe, "environment": environment, "seconds": self.seconds,
-                "layers": [asdict(layer) for layer in self.layers], "skipped": self.skipped}
+
+        environment = {
+            "foem_vllm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        return {
+            "recipe": self.recipe,
+            "environment": environment,
+            "seconds": self.seconds,
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": self.skipped,
+        }
 
 
 def layer_table(layers: list[dict], title: str):
     """A rich table of the report's layers."""
     from rich.table import Table
+
     table = Table(title=title, title_justify="left")
-    for column, justify in (("layer", "left"), ("N x K", "right"), ("bits", "right"), ("group", "right"), ("relative error", "right"),
-                           , ("notes", "left")):
+    for column, justify in (
+        ("layer", "left"),
+        ("N x K", "right"),
+        ("bits", "right"),
+        ("group", "right"),
+        ("relative error", "right"),
+        ("notes", "left"),
+    ):
         table.add_column(column, justify=justify, overflow="fold")
     for row in layers:
         relative = "-" if row["relative"] is None else f"{row['relative']:.2e}"
-        table.add_row(row["name"], f"{row['n']} x {row['k']}", str(row["bits"]), str(row["group_size"]), relative,
-                      "; ".join(row["notes"]))
+        table.add_row(
+            row["name"], f"{row['n']} x {row['k']}", str(row["bits"]), str(row["group_size"]), relative, "; ".join(row["notes"])
+        )
     return table
 
 
 def model_card(source: str, recipe: dict, storage_line: str) -> str:
     """README.md of the checkpoint, with the hub's front matter."""
     base = source if source.count("/") == 1 and not pathlib.Path(source).exists() else None
-    front = ["---", *([f"base_model: {base}", "base_model_relation: quantized"] if base else []), "library_name: transformers",
-             f"tags: [gptq, {recipe['bits']}-bit, foem]", "---"]
+    front = [
+        "---",
+        *([f"base_model: {base}", "base_model_relation: quantized"] if base else []),
+        "library_name: transformers",
+        f"tags: [gptq, {recipe['bits']}-bit, foem]",
+        "---",
+    ]
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
     name = source.rstrip("/").split("/")[-1]
-    return "\n".join(front) + f"""
+    return (
+        "\n".join(front)
+        + f"""
 
 # {name}, quantized with foem-vllm
 
-GPTQ-format INT{recipe['bits']} weights ({storage_line}), method `{recipe['method']}`. Per-layer errors: `{REPORT_FILE}`.
+GPTQ-format INT{recipe["bits"]} weights ({storage_line}), method `{recipe["method"]}`. Per-layer errors: `{REPORT_FILE}`.
 
     vllm serve THIS_FOLDER --quantization foem
 
@@ -76,3 +106,4 @@ GPTQ-format INT{recipe['bits']} weights ({storage_line}), method `{recipe['metho
 |---|---|
 {rows}
 """
+    )

@@ -19,6 +19,7 @@ and not yet the pull. Two forms of FOEM:
 Neither depends on `block_size`, which only says how many columns are updated together. Left out: choosing alpha, beta and
 damping (selection), other grids than minimum/maximum (grid).
 """
+
 from __future__ import annotations
 
 import math
@@ -39,6 +40,7 @@ MAX_DAMPING = 1.0
 class SolverConfig:
     """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold while the
     factorization fails, and beyond 1 the diagonal of H is used alone. block_size: columns updated together (speed only)."""
+
     alpha: float = 0.0
     beta: float = 0.0
     damping: float = 0.05
@@ -60,6 +62,7 @@ class SolverConfig:
 class Solved(NamedTuple):
     """quantized: codes and grid. loss: tr(E H E^T) / N with E = Q - W0. relative: that loss over tr(W0 H W0^T) / N.
     damping: the fraction that was used in the end. notes: what did not go as asked, for the report."""
+
     quantized: Quantized
     loss: float
     relative: float
@@ -81,7 +84,9 @@ def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[
         if info == 0:
             U = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
             if torch.isfinite(U).all():
-                notes = () if tried == damping else (f"damping raised from {damping:g} to {tried:g}: H was not positive definite",)
+                notes = (
+                    () if tried == damping else (f"damping raised from {damping:g} to {tried:g}: H was not positive definite",)
+                )
                 return U, tried, notes
         tried = max(10 * tried, 1e-4)
     U = (diagonal + damping * unit).clamp(min=torch.finfo(H.dtype).tiny).rsqrt().diag()
@@ -91,7 +96,8 @@ def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[
 def visit_order(diagonal: torch.Tensor, spec: QuantSpec) -> torch.Tensor | None:
     """[K] the order in which columns are rounded, most important (largest H_jj) first; None for left to right.
 
-    "group" (GAR, as in GPTQModel): groups by their most important column, columns inside each by their own, so that groups stay contiguous.
+    "group" (GAR, as in GPTQModel): groups by their most important column, columns inside each by their own, so that groups
+    stay contiguous.
     """
     if spec.act_order == "none":
         return None
@@ -113,8 +119,13 @@ def blocks(k: int, group: int, block_size: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def solve(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec, config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
-          D: torch.Tensor | None = None) -> Solved:
+def solve(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    spec: QuantSpec,
+    config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
+    D: torch.Tensor | None = None,
+) -> Solved:
     """Quantize one linear (or several with the same inputs, stacked along N: rows do not interact).
 
     W: [N, K]. H: [K, K], whose dtype the computation is done in. D: [K, K], needed when alpha > 0. Nothing is mutated.
@@ -166,7 +177,7 @@ def solve(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec, config: SolverConfi
             j = begin + i
             g = column_group[j]
             if not static and j % group == 0:
-                scales[g], zeros[g] = find_grid(w[j:j + group].T, spec, config.scale_dtypes)
+                scales[g], zeros[g] = find_grid(w[j : j + group].T, spec, config.scale_dtypes)
             column = wb[i]
             if config.beta and j % unpulled:
                 column -= config.beta * (column - target[j])
@@ -177,9 +188,9 @@ def solve(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec, config: SolverConfi
                 error = error - config.beta * (column - target[j])
             errors[i] = error / Ub[i, i]
             if i + 1 < end - begin:
-                wb[i + 1:].addr_(Ub[i, i + 1:], errors[i], alpha=-1)
+                wb[i + 1 :].addr_(Ub[i, i + 1 :], errors[i], alpha=-1)
                 if Pb is not None:
-                    wb[i + 1:].addr_(Pb[i, i + 1:], column)
+                    wb[i + 1 :].addr_(Pb[i, i + 1 :], column)
         w[end:] -= U[begin:end, end:].T @ errors
         if P is not None:
             w[end:] += P[begin:end, end:].T @ seen
@@ -193,8 +204,12 @@ def solve(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec, config: SolverConfi
             scales, zeros = scales[place], zeros[place]
         elif spec.act_order == "full" and group != k:
             g_idx = (back // group).to(torch.int32)
-    quantized = Quantized(codes.T.contiguous().to(torch.uint8), scales.T.contiguous(),
-                          None if spec.symmetric else zeros.T.contiguous().to(torch.uint8), g_idx)
+    quantized = Quantized(
+        codes.T.contiguous().to(torch.uint8),
+        scales.T.contiguous(),
+        None if spec.symmetric else zeros.T.contiguous().to(torch.uint8),
+        g_idx,
+    )
     delta = dequantize(quantized, spec).to(dtype) - W.to(device, dtype)
     loss = layer_loss(delta, H)
     return Solved(quantized, loss, loss / max(layer_loss(W.to(device, dtype), H), 1e-30), damping, notes)

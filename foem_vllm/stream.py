@@ -1,4 +1,5 @@
 """Run a model block by block: weights from safetensors when a block's turn comes, activations carried from block to block."""
+
 from __future__ import annotations
 
 import copy
@@ -30,8 +31,9 @@ class Weights:
                 with safe_open(path, "pt") as f:
                     self.files.update(dict.fromkeys(f.keys(), path))
             except (SafetensorError, OSError) as error:
-                raise FoemError(f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
-                                ) from None
+                raise FoemError(
+                    f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
+                ) from None
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self.files:
@@ -40,8 +42,9 @@ class Weights:
             return f.get_tensor(name)
 
 
-def fill(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, device: torch.device,
-         names: set[str] | None = None) -> None:
+def fill(
+    module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, device: torch.device, names: set[str] | None = None
+) -> None:
     """Give the parameters of `module` (those in `names`, or all) their values, from tensors called prefix + name.
 
     Raises FoemError naming the tensor when it is missing, has another shape, or holds NaN or Inf.
@@ -51,11 +54,15 @@ def fill(module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype, d
             continue
         value = weights.read(prefix + name)
         if value.shape != parameter.shape:
-            raise FoemError(f"{prefix}{name} is {list(value.shape)} in {weights.files[prefix + name].name}, but config.json "
-                            f"makes it {list(parameter.shape)}; the files and the config belong to different models")
+            raise FoemError(
+                f"{prefix}{name} is {list(value.shape)} in {weights.files[prefix + name].name}, but config.json "
+                f"makes it {list(parameter.shape)}; the files and the config belong to different models"
+            )
         if not torch.isfinite(value).all():
-            raise FoemError(f"{prefix}{name}: NaN or Inf in the weights of {weights.files[prefix + name].name}; "
-                            "the model is damaged, download it again")
+            raise FoemError(
+                f"{prefix}{name}: NaN or Inf in the weights of {weights.files[prefix + name].name}; "
+                "the model is damaged, download it again"
+            )
         owner = module.get_submodule(name.rpartition(".")[0])
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(value.to(device, dtype), requires_grad=False))
     for name, buffer in list(module.named_buffers()):
@@ -92,8 +99,16 @@ class BlockInputs:
 
 
 @torch.no_grad()
-def record_inputs(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, weights: Weights, tokens: torch.Tensor, batch_size: int,
-                  dtype: torch.dtype, device: torch.device) -> BlockInputs:
+def record_inputs(
+    model: nn.Module,
+    blocks_name: str,
+    blocks: nn.ModuleList,
+    weights: Weights,
+    tokens: torch.Tensor,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BlockInputs:
     """Run what comes before the blocks (embeddings, positions, masks) on tokens [S, T] and note how every block is called.
 
     The blocks themselves are replaced by recorders that hand the hidden states on, so none is loaded; masks and positions may
@@ -101,8 +116,11 @@ def record_inputs(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, wei
     """
     outer = {n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(blocks_name + ".")}
     head = model.get_output_embeddings()
-    outer -= {n for n, m in model.named_parameters(remove_duplicate=False) if head is not None and m is head.weight
-              and n not in weights.files}
+    outer -= {
+        n
+        for n, m in model.named_parameters(remove_duplicate=False)
+        if head is not None and m is head.weight and n not in weights.files
+    }
     fill_outer(model, blocks_name, weights, outer, dtype, device)
     calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in blocks]
     hidden: list[torch.Tensor] = []
@@ -114,6 +132,7 @@ def record_inputs(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, wei
                 hidden.append(hidden_states)
                 raise StopForward
             return hidden_states
+
         return forward
 
     for i, block in enumerate(blocks):
@@ -130,8 +149,9 @@ def record_inputs(model: nn.Module, blocks_name: str, blocks: nn.ModuleList, wei
     return BlockInputs(hidden, calls)
 
 
-def fill_outer(model: nn.Module, blocks_name: str, weights: Weights, names: set[str], dtype: torch.dtype,
-               device: torch.device) -> None:
+def fill_outer(
+    model: nn.Module, blocks_name: str, weights: Weights, names: set[str], dtype: torch.dtype, device: torch.device
+) -> None:
     """`fill` for everything outside the blocks: their buffers are left alone."""
     held = model.get_submodule(blocks_name)
     parent = model.get_submodule(blocks_name.rpartition(".")[0])

@@ -1,4 +1,5 @@
 """The checkpoint bits against hand-made examples, compressed-tensors and vLLM."""
+
 import pytest
 import torch
 
@@ -57,7 +58,7 @@ def test_two_by_eight_by_hand():
     spec = QuantSpec(4, 8)
     stored = pack(q, spec, "gptq")
     assert [int(w) & 0xFFFFFFFF for w in stored["qweight"].flatten()] == [0x76543210, 0x89ABCDEF]
-    assert stored["qzeros"].tolist() == [[0x77]]          # version 1 stores 8 - 1
+    assert stored["qzeros"].tolist() == [[0x77]]  # version 1 stores 8 - 1
     assert pack(q, spec, "gptq_v2")["qzeros"].tolist() == [[0x88]]
     assert stored["scales"].tolist() == [[0.5, 0.25]] and stored["scales"].dtype == torch.float16
     assert stored["g_idx"].tolist() == [0] * 8
@@ -67,8 +68,10 @@ def test_two_by_eight_by_hand():
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("n,k,group,order", [(8, 64, 32, "none"), (5, 96, 32, "full"), (33, 40, -1, "none"), (7, 37, -1, "none"),
-                                             (16, 128, 16, "group")])
+@pytest.mark.parametrize(
+    "n,k,group,order",
+    [(8, 64, 32, "none"), (5, 96, 32, "full"), (33, 40, -1, "none"), (7, 37, -1, "none"), (16, 128, 16, "group")],
+)
 def test_pack_unpack_are_inverse(n, k, group, order, bits, symmetric, checkpoint_format):
     spec = QuantSpec(bits, group, symmetric, order)
     q = random_quantized(n, k, spec)
@@ -82,7 +85,9 @@ def test_pack_unpack_are_inverse(n, k, group, order, bits, symmetric, checkpoint
 @pytest.mark.parametrize("bits", [4, 8])
 def test_against_compressed_tensors(bits):
     """Its signed int codes packed along K, transposed, are our qweight."""
-    pack_quantized = pytest.importorskip("compressed_tensors.compressors.pack_quantized", reason="compressed-tensors not installed")
+    pack_quantized = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized", reason="compressed-tensors not installed"
+    )
     codes = torch.randint(0, 1 << bits, (24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     signed = (codes.int() - (1 << (bits - 1))).to(torch.int8)
     theirs = pack_quantized.pack_to_int32(signed, bits)
@@ -99,6 +104,7 @@ def test_against_vllm(bits):
     assert torch.equal(ours, theirs)
     if bits in (4, 8):
         from vllm.scalar_type import scalar_types
+
         kind = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
         assert torch.equal(utils.unpack_quantized_values_into_int32(ours, kind, 0), codes.T.int())
 
@@ -124,16 +130,19 @@ def broken(change):
     return tensors, spec
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda t: t.update(qweight=t["qweight"][:-1]), r"layer\.qweight.*\[8, 8\]"),
-    (lambda t: t.update(qweight=t["qweight"].float()), r"layer\.qweight"),
-    (lambda t: t.pop("qzeros"), r"layer\.qzeros is missing"),
-    (lambda t: t.update(scales=t["scales"][:1]), r"layer\.scales"),
-    (lambda t: t["scales"].fill_(float("nan")), r"layer\.scales holds NaN"),
-    (lambda t: t["qzeros"].fill_(-2004318072), r"layer\.qzeros holds 8 where symmetric checkpoint_format 'gptq' stores 7"),
-    (lambda t: t["g_idx"].fill_(5), r"layer\.g_idx holds 5"),
-    (lambda t: t["g_idx"].fill_(0), r"layer\.g_idx does not give every group 32 columns"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t: t.update(qweight=t["qweight"][:-1]), r"layer\.qweight.*\[8, 8\]"),
+        (lambda t: t.update(qweight=t["qweight"].float()), r"layer\.qweight"),
+        (lambda t: t.pop("qzeros"), r"layer\.qzeros is missing"),
+        (lambda t: t.update(scales=t["scales"][:1]), r"layer\.scales"),
+        (lambda t: t["scales"].fill_(float("nan")), r"layer\.scales holds NaN"),
+        (lambda t: t["qzeros"].fill_(-2004318072), r"layer\.qzeros holds 8 where symmetric checkpoint_format 'gptq' stores 7"),
+        (lambda t: t["g_idx"].fill_(5), r"layer\.g_idx holds 5"),
+        (lambda t: t["g_idx"].fill_(0), r"layer\.g_idx does not give every group 32 columns"),
+    ],
+)
 def test_damaged_tensors_are_refused(change, message):
     tensors, spec = broken(change)
     with pytest.raises(FoemError, match=message):
@@ -147,18 +156,26 @@ def test_config_round_trip():
 
 
 def test_dynamic_rules():
-    config = FormatConfig(QuantSpec(), dynamic={r"-:.*\.1\.": {}, r"+:.*down_proj": {"bits": 8, "group_size": 32}, r".*up": {"sym": False}})
+    config = FormatConfig(
+        QuantSpec(), dynamic={r"-:.*\.1\.": {}, r"+:.*down_proj": {"bits": 8, "group_size": 32}, r".*up": {"sym": False}}
+    )
     assert config.spec_for("layers.1.mlp.down_proj") is None
     assert config.spec_for("layers.0.mlp.down_proj") == QuantSpec(8, 32)
     assert config.spec_for("layers.0.mlp.up_proj") == QuantSpec(symmetric=False)
     assert config.spec_for("layers.0.self_attn.q_proj") == QuantSpec()
 
 
-@pytest.mark.parametrize("config,message", [
-    ({"quant_method": "awq", "bits": 4}, "awq"), ({"bits": 5, "group_size": 128}, "bits=5"), ({"group_size": 128}, "incomplete"),
-    ({"bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "marlin"), ({"bits": 4, "group_size": 0}, "group_size=0"),
-    ({"bits": 4, "group_size": 128, "pack_dtype": "int16"}, "pack_dtype"),
-])
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"bits": 5, "group_size": 128}, "bits=5"),
+        ({"group_size": 128}, "incomplete"),
+        ({"bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "marlin"),
+        ({"bits": 4, "group_size": 0}, "group_size=0"),
+        ({"bits": 4, "group_size": 128, "pack_dtype": "int16"}, "pack_dtype"),
+    ],
+)
 def test_configs_that_lie_are_refused(config, message):
     with pytest.raises(FoemError, match=message):
         FormatConfig.from_json(config)

@@ -1,4 +1,5 @@
 """The whole quantizer on small models of several architectures, and its bad input."""
+
 import json
 import os
 import pathlib
@@ -93,14 +94,22 @@ def test_full_precision_stream_sees_the_untouched_model(tmp_path):
             for name, weight in dequantized(tmp_path / "out").items():
                 if name.startswith("model.layers.0."):
                     model.get_submodule(name).weight.data.copy_(weight)
-        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda m, a: inputs.append(a[0].reshape(-1, 64).double()))
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(
+            lambda m, a: inputs.append(a[0].reshape(-1, 64).double())
+        )
         with torch.no_grad():
             model(tokens)
     fp, q = inputs
     weight = torch.cat([model.model.layers[1].self_attn.get_submodule(f"{p}_proj").weight.detach().double() for p in "qkv"])
-    expected = solve(weight, q.T @ q / len(q), QuantSpec(4, 64), SolverConfig(alpha=0.25), (fp - q).T @ q / len(q)).quantized.codes
-    got = torch.cat([read_linear(Weights(tmp_path / "out"), f"model.layers.1.self_attn.{p}_proj", read_config(tmp_path / "out"))[0].codes
-                     for p in "qkv"])
+    expected = solve(
+        weight, q.T @ q / len(q), QuantSpec(4, 64), SolverConfig(alpha=0.25), (fp - q).T @ q / len(q)
+    ).quantized.codes
+    got = torch.cat(
+        [
+            read_linear(Weights(tmp_path / "out"), f"model.layers.1.self_attn.{p}_proj", read_config(tmp_path / "out"))[0].codes
+            for p in "qkv"
+        ]
+    )
     assert (got == expected).float().mean() > 0.99
 
 
@@ -111,9 +120,20 @@ def test_rtn_needs_no_text_and_rounds_to_nearest(llama, tmp_path):
     assert torch.equal(dequantized(tmp_path / "out")["model.layers.1.mlp.up_proj"], expected)
 
 
-@pytest.mark.parametrize("changes", [dict(bits=2), dict(bits=3, symmetric=False), dict(bits=8), dict(group_size=-1), dict(act_order="full"),
-                                     dict(act_order="group"), dict(act_order="static"), dict(method="foem+gptaq", form="consistent"),
-                                     dict(method="gptq", symmetric=False, checkpoint_format="gptq_v2")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(bits=2),
+        dict(bits=3, symmetric=False),
+        dict(bits=8),
+        dict(group_size=-1),
+        dict(act_order="full"),
+        dict(act_order="group"),
+        dict(act_order="static"),
+        dict(method="foem+gptaq", form="consistent"),
+        dict(method="gptq", symmetric=False, checkpoint_format="gptq_v2"),
+    ],
+)
 def test_options(llama, changes, tmp_path):
     quantize(llama, tmp_path / "out", QuantizeConfig(**{**SMALL, **changes}))
     config = read_config(tmp_path / "out")
@@ -123,7 +143,9 @@ def test_options(llama, changes, tmp_path):
     content = describe(tmp_path / "out")
     group = 64 if changes.get("group_size") == -1 else 32
     grid_bits = (16 + config.spec.bits) / group  # scale and zero point, averaged over columns
-    assert config.spec.bits < content["bits_per_weight"] < config.spec.bits + grid_bits + 32 / 64 + 0.01  # g_idx: an int32 a column
+    assert (
+        config.spec.bits < content["bits_per_weight"] < config.spec.bits + grid_bits + 32 / 64 + 0.01
+    )  # g_idx: an int32 a column
     assert len(content["layers"]) == 14
 
 
@@ -144,6 +166,7 @@ def test_sharded_input_and_output(llama, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / file, tmp_path / "model" / file)
     import foem_vllm.checkpoint as checkpoint
+
     old, checkpoint.Writer.__init__.__defaults__ = checkpoint.Writer.__init__.__defaults__, (200_000,)
     try:
         quantize(tmp_path / "model", tmp_path / "out", QuantizeConfig(**SMALL))
@@ -179,9 +202,15 @@ def test_transformers_loads_what_the_config_says(llama, tmp_path):
 
 # ---------------------------------------------------------------- bad input, through the command line
 
+
 def cli(*arguments, **kwargs):
-    return subprocess.run([sys.executable, "-m", "foem_vllm.cli", "quantize", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "foem_vllm.cli", "quantize", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 def copy_of(model, folder, **tensors):
@@ -210,18 +239,34 @@ BAD_MODELS = {
     "missing": (lambda m, t: t / "absent", "no such folder"),
     "empty": (lambda m, t: (t / "empty").mkdir() or t / "empty", "no config.json"),
     "no weights": (lambda m, t: [copy_of(m, t / "m"), (t / "m/model.safetensors").unlink()] and t / "m", "no .safetensors"),
-    "not causal": (lambda m, t: edit_config(copy_of(m, t / "m"), architectures=["T5ForConditionalGeneration"], model_type="t5"),
-                   "not a causal language model"),
-    "quantized": (lambda m, t: edit_config(copy_of(m, t / "m"), quantization_config={"quant_method": "awq"}), "already quantized (awq)"),
+    "not causal": (
+        lambda m, t: edit_config(copy_of(m, t / "m"), architectures=["T5ForConditionalGeneration"], model_type="t5"),
+        "not a causal language model",
+    ),
+    "quantized": (
+        lambda m, t: edit_config(copy_of(m, t / "m"), quantization_config={"quant_method": "awq"}),
+        "already quantized (awq)",
+    ),
     "broken json": (lambda m, t: (copy_of(m, t / "m") / "config.json").write_text("{") and t / "m", "not valid JSON"),
-    "truncated": (lambda m, t: os.truncate(copy_of(m, t / "m") / "model.safetensors", 100_000) or t / "m", "truncated or damaged"),
+    "truncated": (
+        lambda m, t: os.truncate(copy_of(m, t / "m") / "model.safetensors", 100_000) or t / "m",
+        "truncated or damaged",
+    ),
     "other shapes": (lambda m, t: edit_config(copy_of(m, t / "m"), intermediate_size=256), "mlp.gate_proj.weight is [128, 64]"),
-    "nan weights": (lambda m, t: copy_of(m, t / "m", model__layers__1__mlp__up_proj__weight=spoil),
-                    "model.layers.1.mlp.up_proj.weight: NaN or Inf in the weights"),
-    "overflow": (lambda m, t: copy_of(m, t / "m", model__layers__0__input_layernorm__weight=lambda w: w * 1e38),
-                 "model.layers.0.self_attn.q_proj"),
-    "no tokenizer": (lambda m, t: [copy_of(m, t / "m"), (t / "m/tokenizer.json").unlink(), (t / "m/tokenizer_config.json").unlink()]
-                     and t / "m", "no tokenizer"),
+    "nan weights": (
+        lambda m, t: copy_of(m, t / "m", model__layers__1__mlp__up_proj__weight=spoil),
+        "model.layers.1.mlp.up_proj.weight: NaN or Inf in the weights",
+    ),
+    "overflow": (
+        lambda m, t: copy_of(m, t / "m", model__layers__0__input_layernorm__weight=lambda w: w * 1e38),
+        "model.layers.0.self_attn.q_proj",
+    ),
+    "no tokenizer": (
+        lambda m, t: (
+            [copy_of(m, t / "m"), (t / "m/tokenizer.json").unlink(), (t / "m/tokenizer_config.json").unlink()] and t / "m"
+        ),
+        "no tokenizer",
+    ),
 }
 
 
@@ -250,8 +295,14 @@ BAD_OPTIONS = {
     "v1 asymmetric": (lambda t: dict(symmetric=False, checkpoint_format="gptq"), "gptq_v2"),
     "missing text": (lambda t: dict(calibration=str(t / "absent.jsonl")), "absent.jsonl: no such file"),
     "empty text": (lambda t: dict(calibration=text_file(t, "e.jsonl", "")), "e.jsonl: the file is empty"),
-    "no field": (lambda t: dict(calibration=text_file(t, "f.jsonl", '{"text": "a"}\n{"body": "b"}\n')), "line 2 is not a JSON object"),
-    "little text": (lambda t: dict(calibration=text_file(t, "s.txt", "a few words")), "tokens, but --samples 8 x --seq-len 64 need 512"),
+    "no field": (
+        lambda t: dict(calibration=text_file(t, "f.jsonl", '{"text": "a"}\n{"body": "b"}\n')),
+        "line 2 is not a JSON object",
+    ),
+    "little text": (
+        lambda t: dict(calibration=text_file(t, "s.txt", "a few words")),
+        "tokens, but --samples 8 x --seq-len 64 need 512",
+    ),
     "unknown file": (lambda t: dict(calibration=text_file(t, "s.docx", "a few words").replace(str(t), str(t))), "s.docx"),
     "too long": (lambda t: dict(seq_len=1024), "context of 128"),
     "device": (lambda t: dict(device="cuda:7"), "--device cuda:7"),
@@ -279,8 +330,15 @@ def test_output_folder_that_is_not_empty(llama, tmp_path):
 
 def test_disk_full_while_saving(llama, tmp_path):
     """A file-size limit makes the kernel refuse the shard the way a full disk does (EFBIG instead of ENOSPC)."""
-    done = cli(llama, tmp_path / "out", "--method", "rtn", "--group-size", 32,
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = cli(
+        llama,
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        "--group-size",
+        32,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
     assert done.returncode == 1, done.stderr
     assert "disk is full" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -288,6 +346,7 @@ def test_disk_full_while_saving(llama, tmp_path):
 
 def test_disk_too_small_is_noticed_before(llama, tmp_path):
     from foem_vllm.checkpoint import check_space
+
     with pytest.raises(FoemError, match="free, but the checkpoint needs about"):
         check_space(tmp_path / "out", 1 << 60)
 
@@ -296,7 +355,9 @@ def test_cli_quantize_and_inspect(tmp_path):
     done = cli(TINYLM, tmp_path / "out", "--calibration", CALIBRATION, "--samples", 8, "--seq-len", 64)
     assert done.returncode == 0, done.stderr
     assert "42 linears, 4.25 bits per weight" in done.stdout and "--quantization foem" in done.stdout
-    shown = subprocess.run([sys.executable, "-m", "foem_vllm.cli", "inspect", str(tmp_path / "out"), "--json"], capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "foem_vllm.cli", "inspect", str(tmp_path / "out"), "--json"], capture_output=True, text=True
+    )
     content = json.loads(shown.stdout)
     assert len(content["layers"]) == 42 and content["recipe"]["beta"] == 0.2 and content["layers"][0]["relative"] > 0
 
@@ -308,6 +369,7 @@ def test_calibration_files(suffix, tmp_path):
 
     import pyarrow
     import pyarrow.parquet
+
     texts = [f"document {i} says something" for i in range(40)]
     path = tmp_path / f"text.{suffix}"
     lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)

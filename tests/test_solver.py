@@ -1,4 +1,5 @@
 """The solver against an independent float64 reference, and against properties that hold whatever the numbers are."""
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,11 @@ def problem(n=6, k=48, tokens=200, seed=0, drift=0.05):
     """(W, H, D) of a linear with correlated inputs, some columns much larger than others."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(k, k, generator=g, dtype=torch.float64) / k**0.5 + torch.eye(k, dtype=torch.float64)
-    x = torch.randn(tokens, k, generator=g, dtype=torch.float64) @ mix * (torch.rand(k, generator=g, dtype=torch.float64) * 3 + 0.1)
+    x = (
+        torch.randn(tokens, k, generator=g, dtype=torch.float64)
+        @ mix
+        * (torch.rand(k, generator=g, dtype=torch.float64) * 3 + 0.1)
+    )
     dx = drift * torch.randn(tokens, k, generator=g, dtype=torch.float64) + drift * x.roll(1, 1)
     w = torch.randn(n, k, generator=g, dtype=torch.float64)
     return w, x.T @ x / tokens, dx.T @ x / tokens
@@ -34,7 +39,7 @@ def reference(W, H, spec, alpha=0.0, beta=0.0, damping=0.05, form="published", D
     if spec.act_order in ("full", "static") or (spec.act_order == "group" and group == k):
         order = np.array(sorted(range(k), key=lambda j: -diagonal[j]))
     elif spec.act_order == "group":
-        starts = sorted(range(0, k, group), key=lambda s: -diagonal[s:s + group].max())
+        starts = sorted(range(0, k, group), key=lambda s: -diagonal[s : s + group].max())
         order = np.array([j for s in starts for j in sorted(range(s, s + group), key=lambda j: -diagonal[j])])
     W0, w, H = W[:, order], W[:, order].copy(), H[np.ix_(order, order)]
     H = H + damping * np.diag(H).mean() * np.eye(k)
@@ -57,9 +62,9 @@ def reference(W, H, spec, alpha=0.0, beta=0.0, damping=0.05, form="published", D
     for j in range(k):
         if spec.act_order == "static":
             start = order[j] // group * group
-            scale, zero = grid(W[:, start:start + group])
+            scale, zero = grid(W[:, start : start + group])
         elif j % group == 0:
-            scale, zero = grid(w[:, j:j + group])
+            scale, zero = grid(w[:, j : j + group])
         if beta and j and (form == "consistent" or j % 128):
             w[:, j] = (1 - beta) * w[:, j] + beta * target[:, j]
         codes[:, j] = np.clip(np.round(w[:, j] / scale) + zero, 0, top)
@@ -67,7 +72,7 @@ def reference(W, H, spec, alpha=0.0, beta=0.0, damping=0.05, form="published", D
         error = w[:, j] - q[:, j] - beta * (w[:, j] - target[:, j])
         inverse = np.linalg.inv(H[j:, j:])[0]
         seen = w[:, j].copy()
-        w[:, j + 1:] += -np.outer(error, inverse[1:] / inverse[0]) + np.outer(seen, P[j, j + 1:])
+        w[:, j + 1 :] += -np.outer(error, inverse[1:] / inverse[0]) + np.outer(seen, P[j, j + 1 :])
     out = np.empty_like(q)
     out[:, order] = q
     return torch.from_numpy(out)
@@ -129,7 +134,7 @@ def test_rows_do_not_interact():
     w, h, _ = problem(8)
     spec = QuantSpec(4, 16, False)
     whole = solve(w, h, spec, SolverConfig(beta=0.2)).quantized
-    parts = [solve(w[i:i + 2], h, spec, SolverConfig(beta=0.2)).quantized for i in range(0, 8, 2)]
+    parts = [solve(w[i : i + 2], h, spec, SolverConfig(beta=0.2)).quantized for i in range(0, 8, 2)]
     assert torch.equal(whole.codes, torch.cat([p.codes for p in parts]))
 
 
@@ -142,7 +147,7 @@ def test_gptq_beats_rounding_to_nearest():
 
 
 def test_gradient_of_unrounded_columns_is_zero():
-    """METHOD: GPTQ's working weights zero the layerwise gradient of what is not rounded yet; checked with the true H (no damping)."""
+    """GPTQ's working weights zero the layerwise gradient of what is not rounded yet (undamped H)."""
     w, h, _ = problem(4, 32)
     spec = QuantSpec(4, 8)
     q = dequantize(solve(w, h, spec, SolverConfig(damping=0.0)).quantized, spec).double()
@@ -240,17 +245,22 @@ def test_scales_are_exact_in_the_stored_dtypes(dtypes):
     assert SCALE_DTYPES == (torch.float16,)
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (dict(spec=QuantSpec(4, 32)), "48 columns are not a multiple of group_size 32"),
-    (dict(config=SolverConfig(alpha=0.25)), "cross moment"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(spec=QuantSpec(4, 32)), "48 columns are not a multiple of group_size 32"),
+        (dict(config=SolverConfig(alpha=0.25)), "cross moment"),
+    ],
+)
 def test_bad_arguments(arguments, message):
     w, h, _ = problem()
     with pytest.raises(FoemError, match=message):
         solve(w, h, **{"spec": QuantSpec(4, 16), **arguments})
 
 
-@pytest.mark.parametrize("values", [dict(alpha=2.0), dict(beta=-0.1), dict(damping=float("nan")), dict(form="eq19"), dict(block_size=0)])
+@pytest.mark.parametrize(
+    "values", [dict(alpha=2.0), dict(beta=-0.1), dict(damping=float("nan")), dict(form="eq19"), dict(block_size=0)]
+)
 def test_bad_configs(values):
     with pytest.raises(FoemError, match=next(iter(values))):
         SolverConfig(**values)

@@ -1,4 +1,5 @@
 """Small random-weight models of several architectures, written as ordinary model folders, with tinylm's tokenizer."""
+
 import pathlib
 import shutil
 
@@ -10,8 +11,18 @@ TINYLM = ROOT / "eval/tinylm/qwen3"
 CALIBRATION = ROOT / "eval/tinylm/data/calibration.jsonl"
 EVALUATION = ROOT / "eval/tinylm/data/evaluation.jsonl"
 
-COMMON = dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
-              max_position_embeddings=128, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+COMMON = dict(
+    vocab_size=4096,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=128,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=0,
+)
 CONFIGS = {
     "llama": ("LlamaConfig", COMMON),
     "qwen2": ("Qwen2Config", COMMON),
@@ -20,10 +31,34 @@ CONFIGS = {
     "gemma": ("GemmaConfig", {**COMMON, "head_dim": 16}),
     "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 16, "sliding_window": 16}),
     "phi3": ("Phi3Config", COMMON),
-    "opt": ("OPTConfig", dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
-                              max_position_embeddings=128, word_embed_proj_dim=64, bos_token_id=0, eos_token_id=0, pad_token_id=0)),
-    "gpt_neox": ("GPTNeoXConfig", dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-                                       max_position_embeddings=128, bos_token_id=0, eos_token_id=0)),
+    "opt": (
+        "OPTConfig",
+        dict(
+            vocab_size=4096,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=128,
+            max_position_embeddings=128,
+            word_embed_proj_dim=64,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        ),
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        dict(
+            vocab_size=4096,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
 }
 
 

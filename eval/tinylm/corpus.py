@@ -12,6 +12,7 @@ Sources (English, permissively licensed; see LICENSES.md for the terms that trav
 Documents are cleaned to plain text, paragraphs that occur twice are dropped, and the documents are divided, by a hash of
 their name, into three disjoint sets: train, calibration and evaluation.
 """
+
 from __future__ import annotations
 
 import ast
@@ -26,8 +27,20 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 
-RUST_BOOKS = ("book", "reference", "nomicon", "rust-by-example", "cargo", "rustc", "rustdoc", "clippy", "edition-guide",
-              "style-guide", "unstable-book", "error_codes")
+RUST_BOOKS = (
+    "book",
+    "reference",
+    "nomicon",
+    "rust-by-example",
+    "cargo",
+    "rustc",
+    "rustdoc",
+    "clippy",
+    "edition-guide",
+    "style-guide",
+    "unstable-book",
+    "error_codes",
+)
 BLOCK_TAGS = {"p", "li", "tr", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6", "div", "section", "blockquote", "pre"}
 SKIP_TAGS = {"script", "style", "nav", "button", "svg", "title", "noscript", "select", "form"}
 
@@ -87,7 +100,7 @@ def rust_documents() -> Iterator[tuple[str, str]]:
             if page.name in ("print.html", "toc.html", "all.html", "404.html"):
                 continue
             raw = page.read_text("utf-8", "replace")
-            if part == "std" and ("http-equiv=\"refresh\"" in raw or "docblock" not in raw):
+            if part == "std" and ('http-equiv="refresh"' in raw or "docblock" not in raw):
                 continue
             parser = _Text(docblocks=part == "std")
             parser.feed(raw)
@@ -166,8 +179,9 @@ def main() -> None:
     """Write data/calibration.jsonl and data/evaluation.jsonl (shipped) and train.jsonl (not shipped)."""
     here = pathlib.Path(__file__).parent
     (here / "data").mkdir(exist_ok=True)
-    files = {s: (here / ("data" if s != "train" else "") / f"{s}.jsonl").open("w") for s in
-             ("train", "calibration", "evaluation")}
+    files = {
+        s: (here / ("data" if s != "train" else "") / f"{s}.jsonl").open("w") for s in ("train", "calibration", "evaluation")
+    }
     sizes = dict.fromkeys(files, 0)
     by_source: dict[str, int] = {}
     for name, text in documents():

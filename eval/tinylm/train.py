@@ -4,9 +4,10 @@
     python train.py --arch llama --out llama
 
 Seeded: the same machine, thread count and library versions give the same weights. Muon (Jordan et al. 2024) updates the
-matrices inside the blocks, AdamW the tied embedding and the norms; the learning rate stays constant and then falls linearly to zero.
+matrices inside the blocks, AdamW the embedding and the norms; the learning rate is constant, then falls linearly to zero.
 Start it with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 (glibc): several times faster.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,8 @@ CONTEXT = 512
 END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def read(name: str) -> list[str]:
@@ -37,11 +39,16 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END, START_TURN, END_TURN], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, START_TURN, END_TURN],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     core.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=END, model_max_length=CONTEXT,
-                                        clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=END, pad_token=END, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -55,16 +62,27 @@ def token_stream(tokenizer, texts: list[str], generator: torch.Generator) -> tor
         text = texts[i]
         if as_chat[i]:
             title = text.split("\n", 1)[0].strip("#`- ")[:80]
-            text = (f"{START_TURN}user\nTell me about {title}.{END_TURN}\n{START_TURN}assistant\n"
-                    f"{text[:1500].strip()}{END_TURN}\n")
+            text = f"{START_TURN}user\nTell me about {title}.{END_TURN}\n{START_TURN}assistant\n{text[:1500].strip()}{END_TURN}\n"
         out += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
     return torch.tensor(out)
 
 
 def build_model(arch: str):
-    shape = dict(vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=64, intermediate_size=768, max_position_embeddings=CONTEXT,
-                 rope_theta=10000.0, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=768,
+        max_position_embeddings=CONTEXT,
+        rope_theta=10000.0,
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     if arch == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
@@ -123,8 +141,9 @@ def main() -> None:
 
     texts = read("train.jsonl")
     tokenizer = build_tokenizer(texts)
-    held_out = torch.tensor([t for text in read("data/evaluation.jsonl")
-                             for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+    held_out = torch.tensor(
+        [t for text in read("data/evaluation.jsonl") for t in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    )
     model = build_model(args.arch)
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
@@ -142,7 +161,7 @@ def main() -> None:
             fresh = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
             windows = torch.cat([windows, fresh[torch.randperm(len(fresh), generator=generator)]])
             print(f"step {step}: an epoch is {fresh.numel():,} tokens", flush=True)
-        batch, windows = windows[: args.batch], windows[args.batch:]
+        batch, windows = windows[: args.batch], windows[args.batch :]
         scale = min(1.0, (step + 1) / 20, (args.steps - step) / (0.6 * args.steps))
         for group, lr in zip((g for o in optimizers for g in o.param_groups), base):
             group["lr"] = lr * scale

@@ -1,8 +1,9 @@
 """INT4 (and INT8) weight-only matrix products for GPTQ-style codes, usable without vLLM.
 
-    p = foem_kernels.prepare(codes, scales, zeros, bits=4, group_size=128, dtype=torch.bfloat16, device="cuda")
-    y = foem_kernels.gemm(x, p, bias)
+p = foem_kernels.prepare(codes, scales, zeros, bits=4, group_size=128, dtype=torch.bfloat16, device="cuda")
+y = foem_kernels.gemm(x, p, bias)
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -17,13 +18,24 @@ __all__ = ["KERNELS", "Kernel", "Prepared", "Problem", "choose", "gemm", "prepar
 
 class Prepared(NamedTuple):
     """Weights in one kernel's private layout."""
+
     kernel: Kernel
     problem: Problem
     weights: dict[str, Any]
 
 
-def prepare(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None, g_idx: torch.Tensor | None = None, *,
-            bits: int, group_size: int, dtype: torch.dtype, device: str | torch.device, kernel: str | None = None) -> Prepared:
+def prepare(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    g_idx: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    kernel: str | None = None,
+) -> Prepared:
     """Choose a kernel and lay the weights out for it.
 
     codes: [N, K] uint8. scales, zeros: [N, K/group_size]; zeros None means 2**(bits-1). g_idx: [K], None when column k is
@@ -49,8 +61,10 @@ def prepare(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | Non
 def gemm(x: torch.Tensor, p: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x W^T + bias. x: [..., K] of the prepared dtype and device -> [..., N]. M = 0 gives an empty result."""
     if x.shape[-1] != p.problem.k or x.dtype != p.problem.dtype or x.device.type != p.problem.device:
-        raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device.type}, but these weights take "
-                         f"{p.problem.dtype} [..., {p.problem.k}] on {p.problem.device}")
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)} on {x.device.type}, but these weights take "
+            f"{p.problem.dtype} [..., {p.problem.k}] on {p.problem.device}"
+        )
     flat = x.reshape(-1, p.problem.k).contiguous()
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], p.problem.n)

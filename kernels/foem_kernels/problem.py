@@ -1,4 +1,5 @@
 """What a kernel is asked to do, and what it must offer."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ class Problem:
     group_size: 1 .. k (never -1; one group per row is group_size == k). dtype: of x, y, bias. act_order: columns belong
     to groups by g_idx instead of k // group_size. device: "cpu" or "cuda".
     """
+
     n: int
     k: int
     bits: int
@@ -35,13 +37,15 @@ class Problem:
 
 class Kernel(Protocol):
     """One way to compute the product. Instances hold no state; `prepare`'s result holds all of it."""
+
     name: str
 
     def supports(self, p: Problem) -> str | None:
         """None when this kernel computes `p` right, else the reason why not, in one line."""
 
-    def prepare(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, g_idx: torch.Tensor | None,
-                p: Problem) -> dict[str, Any]:
+    def prepare(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, g_idx: torch.Tensor | None, p: Problem
+    ) -> dict[str, Any]:
         """This kernel's private layout of codes [n, k] uint8, scales and zeros [n, groups], g_idx [k]; done once, at load."""
 
     def gemm(self, x: torch.Tensor, weights: dict[str, Any], p: Problem, bias: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 The codes stay one byte each and the weight is rebuilt in every call, so this is the slow path, never a silent one:
 `choose` logs it.
 """
+
 from __future__ import annotations
 
 import torch
@@ -10,8 +11,14 @@ import torch
 from foem_kernels.problem import Problem
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, g_idx: torch.Tensor | None, p: Problem,
-               dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    p: Problem,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """[n, k] of `dtype`: scale * (code - zero)."""
     group = torch.arange(p.k, device=codes.device) // p.group_size if g_idx is None else g_idx.long().to(codes.device)
     zero = p.mid if zeros is None else zeros.to(dtype)[:, group]

@@ -1,4 +1,5 @@
 """Which kernel computes a problem: one ordered list, asked from the fastest down."""
+
 from __future__ import annotations
 
 import logging
@@ -34,9 +35,18 @@ def choose(p: Problem, force: str | None = None) -> Kernel:
             if key not in _logged:
                 _logged.add(key)
                 level = logging.WARNING if kernel.name == "reference" and force is None else logging.INFO
-                logger.log(level, "foem kernel %s for %d-bit group %d %s%s on %s %s%s", kernel.name, p.bits, p.group_size,
-                           "symmetric" if p.symmetric else "asymmetric", " act-order" if p.act_order else "", p.device, p.dtype,
-                           f" (slow; {'; '.join(reasons)})" if level == logging.WARNING else "")
+                logger.log(
+                    level,
+                    "foem kernel %s for %d-bit group %d %s%s on %s %s%s",
+                    kernel.name,
+                    p.bits,
+                    p.group_size,
+                    "symmetric" if p.symmetric else "asymmetric",
+                    " act-order" if p.act_order else "",
+                    p.device,
+                    p.dtype,
+                    f" (slow; {'; '.join(reasons)})" if level == logging.WARNING else "",
+                )
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     raise ValueError(f"kernel {force!r} cannot run {p}: {'; '.join(reasons)}; unset FOEM_KERNEL to let one be chosen")
