@@ -42,8 +42,11 @@ def read_sequences(tokenizer, path: str | pathlib.Path, length: int = 512, limit
 
     With `limit` a seeded choice of that many windows, in text order. Needs at least `length` tokens.
     """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
     with open(path, encoding="utf-8") as lines:
-        ids = [t for line in lines for t in (*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id)]
+        for line in lines:
+            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"] + end
     windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if not len(windows):
         raise ValueError(f"{path}: {len(ids)} tokens, but one sequence needs {length}; give a longer text")
