@@ -13,7 +13,7 @@ from foem_vllm.integrity import file_digest
 
 
 def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1) -> Quantized:
-    """w [N, K] -> codes, fp16 scales, zeros of at least `smallest_zero`. act_order "full" spreads groups by a permutation of K."""
+    """w [N, K] -> codes, fp16 scales, zeros of at least `smallest_zero`; act_order "full" permutes groups over K."""
     n, k = w.shape
     groups, top = spec.groups(k), (1 << spec.bits) - 1
     size = k if spec.group_size == -1 else spec.group_size
@@ -37,7 +37,7 @@ def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1) -> Quantized:
 
 def write_rtn_checkpoint(src: pathlib.Path, out: pathlib.Path, spec: QuantSpec, checkpoint_format: str = "gptq", *,
                          foem: bool = False, lm_head: bool = False, dynamic: dict | None = None) -> pathlib.Path:
-    """Quantize the linears of `src` (one model.safetensors) into `out`; `out`/dense gets the same weights dequantized, in float32.
+    """Quantize the linears of `src` (one model.safetensors) into `out`; `out`/dense gets them dequantized, in float32.
 
     foem: write `meta.foem` with checksums, as `foem quantize` does. lm_head: untie and quantize it too. dynamic: rules.
     """

@@ -24,6 +24,7 @@ def untrained(tmp_path_factory) -> pathlib.Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("untrained")
-    Qwen3ForCausalLM(Qwen3Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                                 head_dim=64, vocab_size=256, tie_word_embeddings=True)).bfloat16().save_pretrained(folder)
+    config = Qwen3Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=64, vocab_size=256, tie_word_embeddings=True)
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder

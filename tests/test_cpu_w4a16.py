@@ -41,7 +41,7 @@ def expected(x, codes, scales, zeros, g_idx, p: Problem):
     y = torch.zeros(x.shape[0], p.n, dtype=torch.float64)
     terms = torch.zeros_like(y)
     for g in range(p.groups):
-        columns = (g_idx == g).nonzero()[:, 0] if g_idx is not None else torch.arange(p.k)[g * p.group_size:(g + 1) * p.group_size]
+        columns = torch.arange(g * p.group_size, (g + 1) * p.group_size) if g_idx is None else (g_idx == g).nonzero()[:, 0]
         q, s = codes[:, columns].double(), scales[:, g:g + 1].double()
         z = 8.0 if zeros is None else zeros[:, g:g + 1].double()
         xg = x[:, columns].double()
@@ -66,7 +66,7 @@ def assert_close(p: Problem, m: int, bias: bool = False, shift: float = 0.0):
     assert bool((error <= bound).all()), f"{float((error / bound).max()):.2f} times the bound"
 
 
-@pytest.mark.parametrize("symmetric,act_order", itertools.product((True, False), (False, True)))
+@pytest.mark.parametrize("symmetric,act_order", list(itertools.product((True, False), (False, True))))
 @pytest.mark.parametrize("group", [32, 64, 128, 256, 512])
 def test_bf16(group, symmetric, act_order):
     p = problem(48, 512, group, symmetric=symmetric, act_order=act_order)
@@ -76,7 +76,7 @@ def test_bf16(group, symmetric, act_order):
 
 
 @needs_wna16
-@pytest.mark.parametrize("symmetric,act_order", itertools.product((True, False), (False, True)))
+@pytest.mark.parametrize("symmetric,act_order", list(itertools.product((True, False), (False, True))))
 @pytest.mark.parametrize("group", [16, 32, 128, 512])
 def test_fp16(group, symmetric, act_order):
     p = problem(64, 512, group, torch.float16, symmetric, act_order)

@@ -16,14 +16,6 @@ from foem_vllm.plugin.linear import FoemLinearMethod, check_partition, shard_out
 FUSED = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-class Layer(torch.nn.Module):
-    """What a linear layer of vLLM says about its rank."""
-
-    def __init__(self, tp_size=1, tp_rank=0):
-        super().__init__()
-        self.tp_size, self.tp_rank = tp_size, tp_rank
-
-
 @pytest.fixture(scope="module")
 def single_rank():
     """vLLM's parameter classes ask for the tensor-parallel group."""
@@ -37,7 +29,7 @@ def single_rank():
 
 
 def fused_layer(spec, tensors_of, checkpoint_format="gptq"):
-    """A gate_up_proj of 2 x 64 outputs and 128 inputs, loaded through vLLM's own layer; tensors_of(i): {key: tensor} of shard i."""
+    """A gate_up_proj of 2 x 64 outputs and 128 inputs, loaded by vLLM's own layer; tensors_of(i): {key: tensor} of shard i."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
     config = FoemConfig(FormatConfig(spec, checkpoint_format))
     config.packed_modules_mapping = FUSED
@@ -131,8 +123,9 @@ def test_tensor_parallel_sizes(args, said):
 
 
 def test_outputs_of_a_stored_tensor():
-    layer = Layer(tp_size=4)
-    assert shard_outputs(layer, [64, 64], 1) == 256 and shard_outputs(layer, [64, 64], None) == 512
-    assert shard_outputs(layer, [64, 32, 32], (0, 1)) == 384
+    layer = torch.nn.Module()
+    assert shard_outputs(layer, [64, 64], 4, 1) == 256 and shard_outputs(layer, [64, 64], 4, None) == 512
+    assert shard_outputs(layer, [64, 32, 32], 4, (0, 1)) == 384
+    assert shard_outputs(layer, [64], 1, None) == 64
     layer.num_kv_head_replicas = 2
-    assert [shard_outputs(layer, [64, 64, 64], s) for s in "qkv"] == [256, 128, 128]
+    assert [shard_outputs(layer, [64, 64, 64], 4, s) for s in "qkv"] == [256, 128, 128]

@@ -43,8 +43,8 @@ def __getattr__(name: str):
     try:
         return getattr(importlib.import_module(_LATER[name]), name)
     except (ImportError, AttributeError) as error:
-        raise FoemError(f"vLLM {VERSION} has no {_LATER[name]}.{name} ({error}); install a version that foem-vllm is tested with: "
-                        "pip install 'foem-vllm[gpu]' or 'foem-vllm[cpu]'") from None
+        raise FoemError(f"vLLM {VERSION} has no {_LATER[name]}.{name} ({error}); install a version that foem-vllm is "
+                        "tested with: pip install 'foem-vllm[gpu]' or 'foem-vllm[cpu]'") from None
 
 
 def hub_headers(model: str, revision: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:

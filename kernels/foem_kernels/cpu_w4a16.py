@@ -27,7 +27,8 @@ dense     2.20   10.1   19.5   50.8    187
 ======= ====== ====== ====== ====== ====== ==============================================
 
 wna16 in fp16 takes what it takes in bf16; tinygemm's fp16 and fp32 forms are scalar loops (32 ms at M = 1, 8.4 s at M = 256).
-With BF16 instructions (first block) a dense product is faster from M = 64 on: dequantizing whole weights for long prompts is left undone.
+With BF16 instructions (first block) a dense product is faster from M = 64 on: dequantizing whole weights for
+long prompts would pay there and is left undone, because tinygemm's layout is private to torch.
 
 Left out: 8 bits and fp32 (no vectorized operator with group scales; the reference serves them), vLLM's AMX form (it rounds
 activations to int8), and CPUs without AVX2, where tinygemm is a scalar loop too.
@@ -72,7 +73,8 @@ def layout(p: Problem) -> tuple[str | None, str]:
     if p.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"vLLM's int4 operator takes float16 and bfloat16, not {p.dtype}")
     elif p.n % 32 or p.k % 32 or p.group_size % 2:
-        reasons.append(f"vLLM's int4 operator needs N and K multiples of 32 and an even group_size, found {p.n}, {p.k}, {p.group_size}")
+        reasons.append(f"vLLM's int4 operator needs N and K multiples of 32 and an even group_size, found "
+                       f"{p.n}, {p.k}, {p.group_size}")
     elif not has_wna16():
         reasons.append("vLLM's int4 operator is not loaded in this process")
     else:
