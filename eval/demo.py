@@ -31,7 +31,7 @@ START = time.monotonic()
 
 
 def step(number: int, text: str) -> None:
-    console.print(f"\n[bold cyan]{number}/5[/] [bold]{text}[/]  [dim]{time.monotonic() - START:.0f} s[/]")
+    console.print(f"\n[bold cyan]{number}/5[/] [bold]{text}[/]  [dim]{time.monotonic() - START:.0f} s[/]", soft_wrap=True)
 
 
 def quantize(model: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
@@ -147,7 +147,7 @@ def main() -> None:
     print_table(rows, f"{args.model.name} on its held-out text, W4 g128, context {CONTEXT}")
     table = {**provenance(), "total_seconds": time.monotonic() - START, "answers": answers, "rows": rows}
     (out / "table.json").write_text(json.dumps(table, indent=1, default=str) + "\n")
-    console.print(f"[dim]{time.monotonic() - START:.0f} s in all; numbers and provenance in {out / 'table.json'}[/]")
+    console.print(f"[dim]{table['total_seconds']:.0f} s in all; numbers and provenance in {out / 'table.json'}[/]", soft_wrap=True)
 
 
 if __name__ == "__main__":

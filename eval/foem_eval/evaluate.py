@@ -87,4 +87,7 @@ def print_table(rows: list[dict], title: str | None = None) -> None:
         cells = [f"{row[m]:.4f}" if m in row else "-" for m in metrics]
         cells += [COLUMNS[key][1].format(row[key]) if row.get(key) is not None else "-" for key in known]
         table.add_row(row.get("label", row["model"]), *cells)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own, and 80 columns would cut the numbers
+        console = Console(width=160)
+    console.print(table)
