@@ -147,7 +147,7 @@ def main() -> None:
     print_table(rows, f"{args.model.name} on its held-out text, W4 g128, context {CONTEXT}")
     table = {**provenance(), "total_seconds": time.monotonic() - START, "answers": answers, "rows": rows}
     (out / "table.json").write_text(json.dumps(table, indent=1, default=str) + "\n")
-    console.print(f"[dim]{table['total_seconds']:.0f} s in all; numbers and provenance in {out / 'table.json'}[/]", soft_wrap=True)
+    console.print(f"[dim]{table['total_seconds']:.0f} s in all; numbers in {out / 'table.json'}[/]", soft_wrap=True)
 
 
 if __name__ == "__main__":
