@@ -1,21 +1,17 @@
 """Models that tests share."""
 from __future__ import annotations
 
-import os
 import pathlib
 
 import pytest
 import torch
-
-TINYLM = pathlib.Path(__file__).parent.parent / "eval" / "tinylm" / "qwen3"
+from tiny_models import TINYLM
 
 
 @pytest.fixture(scope="session")
 def tinylm() -> pathlib.Path:
-    """The trained model of the repository; FOEM_TINYLM names another folder while it is being trained."""
-    folder = pathlib.Path(os.environ.get("FOEM_TINYLM", TINYLM))
-    assert (folder / "model.safetensors").is_file(), f"{folder} holds no model; train it with eval/tinylm/train.py"
-    return folder
+    """The trained model of the repository."""
+    return TINYLM
 
 
 @pytest.fixture(scope="session")

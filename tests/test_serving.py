@@ -24,13 +24,16 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 from checkpoints import edit_config, write_rtn_checkpoint  # noqa: E402
+from foem_eval.dequantized import write_dequantized  # noqa: E402
+from tiny_models import CALIBRATION  # noqa: E402
 
+from foem_vllm import QuantizeConfig, quantize  # noqa: E402
 from foem_vllm.format import QuantSpec  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 VARIANTS = {
-    "sym": (QuantSpec(4, 128), "gptq", {}, "foem"),
+    "sym": (QuantSpec(4, 128), "gptq", {}, "foem"),  # what `foem quantize` writes
     "stock": (QuantSpec(4, 128), "gptq", {}, "gptq"),  # the same weights through vLLM's own GPTQ
     "asym": (QuantSpec(4, 32, False), "gptq", {}, "foem"),
     "asym_v2": (QuantSpec(4, 64, False), "gptq_v2", {}, "foem"),
@@ -59,8 +62,11 @@ def prompts() -> list[str]:
 def folders(tinylm, tmp_path_factory) -> dict[str, pathlib.Path]:
     root = tmp_path_factory.mktemp("served")
     out = {name: write_rtn_checkpoint(tinylm, root / name, spec, kind, **options)
-           for name, (spec, kind, options, _) in VARIANTS.items() if name != "stock"}
-    return {**out, "stock": out["sym"]}
+           for name, (spec, kind, options, _) in VARIANTS.items() if name not in ("sym", "stock")}
+    # The everyday case comes from the quantizer itself, and is served by both engines.
+    quantize(tinylm, root / "sym", QuantizeConfig(method="foem", calibration=str(CALIBRATION), samples=32, seq_len=256, device="cpu"))
+    write_dequantized(root / "sym", root / "sym/dense", torch.float32)
+    return {**out, "sym": root / "sym", "stock": root / "sym"}
 
 
 @pytest.fixture(scope="session")
