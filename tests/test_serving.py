@@ -64,7 +64,8 @@ def folders(tinylm, tmp_path_factory) -> dict[str, pathlib.Path]:
     out = {name: write_rtn_checkpoint(tinylm, root / name, spec, kind, **options)
            for name, (spec, kind, options, _) in VARIANTS.items() if name not in ("sym", "stock")}
     # The everyday case comes from the quantizer itself, and is served by both engines.
-    quantize(tinylm, root / "sym", QuantizeConfig(method="foem", calibration=str(CALIBRATION), samples=32, seq_len=256, device="cpu"))
+    quantize(tinylm, root / "sym", QuantizeConfig(method="foem", calibration=str(CALIBRATION), samples=32,
+                                                     seq_len=256, device="cpu"))
     write_dequantized(root / "sym", root / "sym/dense", torch.float32)
     return {**out, "sym": root / "sym", "stock": root / "sym"}
 
