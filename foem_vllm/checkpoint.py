@@ -9,18 +9,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from foem_vllm.errors import FoemError
 from foem_vllm.format import TENSORS, FormatConfig, Quantized, QuantSpec, dequantize, pack, read_config, unpack
-from foem_vllm.integrity import file_digest
+from foem_vllm.integrity import file_digest, read_headers
 from foem_vllm.report import REPORT_FILE
 from foem_vllm.stream import Weights
 
@@ -200,30 +202,10 @@ def verify(folder: pathlib.Path, digests: dict[str, str]) -> None:
 def tensor_sizes(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """Name -> (shape, bytes) of every stored tensor, from the headers."""
     sizes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as f:
-            for name in f.keys():
-                part = f.get_slice(name)
-                width = torch.empty(0, dtype=_HEADER_DTYPES[part.get_dtype()]).element_size()
-                shape = tuple(part.get_shape())
-                sizes[name] = shape, width * int(torch.Size(shape).numel())
+    for name, (dtype, shape) in read_headers(folder).items():
+        bits = re.search(r"\d+", dtype)  # BF16, I32, F8_E4M3; BOOL takes a byte
+        sizes[name] = shape, math.prod(shape) * (int(bits.group()) if bits else 8) // 8
     return sizes
-
-
-_HEADER_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 def storage(folder: pathlib.Path) -> dict[str, float]:
@@ -235,7 +217,7 @@ def storage(folder: pathlib.Path) -> dict[str, float]:
     modules = set(quantized_modules(sizes))
     total = sum(size for _, size in sizes.values())
     if not modules:
-        numbers = sum(int(torch.Size(shape).numel()) for shape, _ in sizes.values())
+        numbers = sum(math.prod(shape) for shape, _ in sizes.values())
         return {"bytes": total, "bits_per_weight": 8 * total / max(numbers, 1), "quantized_weights": 0}
     config = read_config(folder)
     bits = sum(

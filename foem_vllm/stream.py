@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import pathlib
 from collections.abc import Callable
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from foem_vllm.errors import FoemError
+from foem_vllm.integrity import read_header, weight_files
 
 
 class Weights:
     """The tensors of a folder of safetensors files, read one at a time by name."""
 
     def __init__(self, folder: pathlib.Path):
-        self.files: dict[str, pathlib.Path] = {}
-        index = folder / "model.safetensors.index.json"
-        paths = sorted(folder.glob("*.safetensors"))
-        if index.is_file():
-            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            if missing := sorted(n for n in named if not (folder / n).is_file()):
-                raise FoemError(f"{index} names {missing[0]}, which is not there; the download is incomplete")
-            paths = [folder / n for n in sorted(named)]
-        for path in paths:
-            try:
-                with safe_open(path, "pt") as f:
-                    self.files.update(dict.fromkeys(f.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise FoemError(
-                    f"{path}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
-                ) from None
+        self.files = {name: path for path in weight_files(folder) for name in read_header(path)}
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self.files:

@@ -250,7 +250,7 @@ BAD_MODELS = {
     "broken json": (lambda m, t: (copy_of(m, t / "m") / "config.json").write_text("{") and t / "m", "not valid JSON"),
     "truncated": (
         lambda m, t: os.truncate(copy_of(m, t / "m") / "model.safetensors", 100_000) or t / "m",
-        "truncated or damaged",
+        "was cut off or damaged",
     ),
     "other shapes": (lambda m, t: edit_config(copy_of(m, t / "m"), intermediate_size=256), "mlp.gate_proj.weight is [128, 64]"),
     "nan weights": (
