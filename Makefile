@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint bench gpu-check train-tinylm peers-compare peers-time
+.PHONY: help setup demo test lint gpu-check train-tinylm peers-compare peers-time
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -20,9 +20,6 @@ test: setup      ## run the tests (ARGS="tests/test_eval.py -k name" for some of
 
 lint: setup      ## ruff
 	$(RUN) -m ruff check .
-
-bench: setup     ## time the kernels of this machine
-	$(RUN) kernels/bench.py $(ARGS)
 
 gpu-check:       ## check and time the kernels on an NVIDIA GPU; needs only torch, triton, transformers, safetensors
 	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/gpu_check.py $(ARGS)

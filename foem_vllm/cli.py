@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import signal
 import sys
 from typing import Annotated
 
@@ -193,6 +194,8 @@ def evaluate(
 
 def main() -> None:
     """Entry point: a FoemError is one line on stderr and exit code 1; anything else is a bug and keeps its traceback."""
+    # A polite kill unwinds like Ctrl-C, so that no half-written folder is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except FoemError as error:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -342,6 +343,18 @@ def test_disk_full_while_saving(llama, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "disk is full" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_nothing(tmp_path):
+    """SIGTERM once the hidden folder is there: it goes away, and the target never appears."""
+    command = [sys.executable, "-m", "foem_vllm.cli", "quantize", str(TINYLM), str(tmp_path / "out"), "-q"]
+    process = subprocess.Popen([*command, "--calibration", str(CALIBRATION), "--samples", "128", "--seq-len", "256"])
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143 and not list(tmp_path.iterdir())
 
 
 def test_disk_too_small_is_noticed_before(llama, tmp_path):
