@@ -2,8 +2,8 @@
 
     python eval/compare_methods.py [--bits 4] [--group-size 128] [--seeds 0 1 2] [--methods rtn gptq gptaq foem foem+gptaq]
 
-Writes eval/results/<model>_w<bits>g<group>.json and prints a table. GPTQ is the base of the paired differences: the same sequences
-and, seed by seed, the same calibration tokens.
+Writes eval/results/<model>_w<bits>g<group>.json and prints a table. GPTQ is the base of the paired differences: the same
+sequences and, seed by seed, the same calibration tokens.
 """
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from foem_vllm import QuantizeConfig, quantize
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "eval/tinylm/data"
+METHODS = "rtn rtn/none/search gptq gptaq foem foem+gptaq gptq/group/search foem/group/search foem+gptaq/group/search"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, default=ROOT / "eval/tinylm/qwen3")
-    parser.add_argument("--methods", nargs="+", default="rtn gptq gptq/group gptaq foem foem/group foem+gptaq".split(),
-                        help="METHOD or METHOD/ACT_ORDER")
+    parser.add_argument("--methods", nargs="+", default=METHODS.split(),
+                        help="METHOD, METHOD/ACT_ORDER or METHOD/ACT_ORDER/GRID")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -47,13 +48,13 @@ def main() -> None:
         models = {}
         with tempfile.TemporaryDirectory() as folder:
             for name in args.methods:
-                method, _, order = name.partition("/")
+                method, order, grid = (*name.split("/"), *("none", "minmax")[name.count("/"):])
                 if method == "rtn" and seed != args.seeds[0]:
                     continue  # RTN reads no text
                 out = pathlib.Path(folder) / name.replace("/", "-")
-                quantize(args.model, out, QuantizeConfig(method, args.bits, args.group_size, act_order=order or "none", seed=seed,
-                                                         calibration=str(DATA / "calibration.jsonl"), samples=args.samples,
-                                                         seq_len=args.seq_len))
+                config = QuantizeConfig(method, args.bits, args.group_size, act_order=order, grid=grid, seed=seed,
+                                        calibration=str(DATA / "calibration.jsonl"), samples=args.samples, seq_len=args.seq_len)
+                quantize(args.model, out, config)
                 models[name] = load_dequantized(out)
         found[seed] = measure(original, models, sequences)
         print(f"seed {seed}: " + ", ".join(f"{name} {d.kl.mean():.5f}" for name, d in found[seed].items()), flush=True)
@@ -65,7 +66,7 @@ def main() -> None:
         for key in ("kl", "loss", "agreement"):
             means = [float(getattr(run, key).mean()) for run in runs]
             row |= {key: statistics.mean(means), f"{key}_spread": max(means) - min(means)}
-        if "gptq" in args.methods and name not in ("original", "rtn"):
+        if "gptq" in args.methods and len(runs) == len(args.seeds) and name != "original":
             pairs = [float((found[s][name].kl - found[s]["gptq"].kl).mean()) for s in args.seeds]
             row |= {"kl_minus_gptq": statistics.mean(pairs), "kl_minus_gptq_by_seed": pairs}
         rows.append(row)

@@ -71,6 +71,10 @@ def quantize(
             help="First-order term as published (by the authors' code) or consistent (every column).", rich_help_panel="Method"
         ),
     ] = DEFAULTS.form,
+    grid: Annotated[
+        str,
+        typer.Option(help="Range of a group: minmax, or search (better weights, no cost in serving).", rich_help_panel="Method"),
+    ] = DEFAULTS.grid,
     calibration_source: Annotated[
         str,
         typer.Option(
@@ -109,6 +113,7 @@ def quantize(
         beta,
         damp,
         form,
+        grid,
         calibration_source,
         split,
         text_column,

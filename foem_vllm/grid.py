@@ -1,4 +1,4 @@
-"""The grid of one group: scale and zero point from minimum and maximum, rounding to codes, and the RTN baseline.
+"""The grid of one group: scale and zero point from its range, the whole or a searched part of it; rounding to codes; RTN.
 
 Scales are rounded before any code is chosen, to values that every dtype in `scale_dtypes` holds exactly. With (float16,
 bfloat16) an engine that keeps the file's float16 scales and one that casts them to a bfloat16 model's dtype compute with
@@ -12,6 +12,8 @@ import torch
 from foem_vllm.format import Quantized, QuantSpec
 
 SCALE_DTYPES = (torch.float16,)
+GRIDS = ("minmax", "search")
+SHRINK = tuple(1 - 0.02 * i for i in range(26))  # a group's range, down to half of it
 
 
 def round_scales(scales: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES) -> torch.Tensor:
@@ -26,20 +28,38 @@ def round_scales(scales: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_D
     return rounded
 
 
-def find_grid(w: torch.Tensor, spec: QuantSpec, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES):
+def find_grid(
+    w: torch.Tensor,
+    spec: QuantSpec,
+    dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES,
+    search: bool = False,
+    importance: torch.Tensor | None = None,
+):
     """(scale, zero) of weights w [..., g] that share one grid: [...] each, of w's dtype.
 
     Symmetric: the largest magnitude spans half of the 2**bits - 1 steps. Asymmetric: minimum to maximum, zero included.
-    A group of zeros gets scale 1.
+    A group of zeros gets scale 1. With `search` the range is shrunk by the factor of SHRINK that rounds w with the smallest
+    squared error, each column weighted by importance [g] (the diagonal of H); at equal error the widest range stays.
     """
     steps = (1 << spec.bits) - 1
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    if spec.symmetric:
-        span = 2 * torch.maximum(-low, high)
-    else:
-        span = high - low
-    scale = round_scales(torch.where(span > 0, span / steps, torch.ones_like(span)), dtypes)
-    zero = torch.full_like(scale, spec.mid) if spec.symmetric else (-low / scale).round().clamp(0, steps)
+
+    def grid(shrink: float):
+        span = shrink * (2 * torch.maximum(-low, high) if spec.symmetric else high - low)
+        scale = round_scales(torch.where(span > 0, span / steps, torch.ones_like(span)), dtypes)
+        zero = torch.full_like(scale, spec.mid) if spec.symmetric else (-shrink * low / scale).round().clamp(0, steps)
+        return scale, zero
+
+    scale, zero = grid(1.0)
+    if not search:
+        return scale, zero
+    least = torch.full_like(scale, torch.inf)
+    for shrink in SHRINK:
+        s, z = grid(shrink)
+        error = (to_codes(w, s[..., None], z[..., None], spec) - z[..., None]) * s[..., None] - w
+        error = (error.square() if importance is None else error.square() * importance).sum(-1)
+        better = error < least
+        scale, zero, least = torch.where(better, s, scale), torch.where(better, z, zero), torch.where(better, error, least)
     return scale, zero
 
 
@@ -48,11 +68,13 @@ def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: Qua
     return ((w / scale).round() + zero).clamp_(0, (1 << spec.bits) - 1)
 
 
-def round_to_nearest(w: torch.Tensor, spec: QuantSpec, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES) -> Quantized:
+def round_to_nearest(
+    w: torch.Tensor, spec: QuantSpec, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES, search: bool = False
+) -> Quantized:
     """RTN: every weight of w [N, K] to the nearest point of its group's grid. K must be a multiple of the group size."""
     n, k = w.shape
     g = k if spec.group_size == -1 else spec.group_size
     groups = w.view(n, k // g, g)
-    scale, zero = find_grid(groups, spec, dtypes)
+    scale, zero = find_grid(groups, spec, dtypes, search)
     codes = to_codes(groups, scale[..., None], zero[..., None], spec)
     return Quantized(codes.view(n, k).to(torch.uint8), scale, None if spec.symmetric else zero.to(torch.uint8))

@@ -8,12 +8,13 @@ activations on to the next block. With alpha > 0 a second stream runs through th
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -23,7 +24,7 @@ from foem_vllm import calibration, capture, models
 from foem_vllm.checkpoint import Writer, check_output, check_space, storage, tensor_sizes
 from foem_vllm.errors import FoemError
 from foem_vllm.format import CHECKPOINT_FORMATS, FormatConfig, Quantized, QuantSpec, dequantize
-from foem_vllm.grid import round_to_nearest
+from foem_vllm.grid import GRIDS, round_to_nearest
 from foem_vllm.report import LayerResult, Report, model_card
 from foem_vllm.solver import Solved, SolverConfig, layer_loss, solve
 from foem_vllm.stream import BlockInputs, Weights, load_block, record_inputs
@@ -35,7 +36,8 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass
 class QuantizeConfig:
-    """Everything that decides the result. alpha, beta: None for the method's default. form: of the first-order term, see solver.
+    """Everything that decides the result. alpha, beta: None for the method's default. form: of the first-order term; grid: minmax
+    or search; see solver.
 
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
@@ -50,6 +52,7 @@ class QuantizeConfig:
     beta: float | None = None
     damping: float = 0.05
     form: str = "published"
+    grid: str = "minmax"
     calibration: str = calibration.DEFAULT
     split: str = "train"
     text_column: str = "text"
@@ -72,6 +75,8 @@ class QuantizeConfig:
             if value is not None and (defaults is None or not defaults[index]) and value != 0:
                 users = [m for m, d in METHODS.items() if d and d[index]]
                 raise FoemError(f"--{name} {value} has no meaning for --method {self.method}; use --method {' or '.join(users)}")
+        if self.grid not in GRIDS:
+            raise FoemError(f"--grid {self.grid} is unknown; choose one of {', '.join(GRIDS)}")
         if self.samples < 1 or self.seq_len < 2:
             raise FoemError(f"--samples {self.samples} and --seq-len {self.seq_len} must be at least 1 and 2")
         if defaults is None and self.act_order != "none":
@@ -90,7 +95,7 @@ class QuantizeConfig:
         if defaults is None:
             return spec, None, chosen
         alpha, beta = (d if v is None else v for d, v in zip(defaults, (self.alpha, self.beta)))
-        return spec, SolverConfig(alpha, beta, self.damping, self.form), chosen
+        return spec, SolverConfig(alpha, beta, self.damping, self.form, self.grid), chosen
 
 
 def quantize(
@@ -118,6 +123,7 @@ def quantize(
     stored = sum(size for _, size in tensor_sizes(folder).values())
     check_space(out, int(stored * (0.1 + spec.bits / 16)))
     grid_dtypes = (torch.float16, torch.bfloat16) if stored_dtype(weights) == torch.bfloat16 else (torch.float16,)
+    nearest = functools.partial(round_to_nearest, spec=spec, dtypes=grid_dtypes, search=config.grid == "search")
     if solver:
         solver = replace(solver, scale_dtypes=grid_dtypes)
 
@@ -137,7 +143,7 @@ def quantize(
             block = load_block(template, prefix, weights, dtype, device)
             untouched = load_block(template, prefix, weights, dtype, device) if original else None
             for result, name, q in solve_block(
-                block, untouched, prefix, index, chosen, spec, solver, grid_dtypes, inputs, original
+                block, untouched, prefix, index, chosen, spec, solver, nearest, inputs, original
             ):
                 writer.add_linear(name, q, spec, checkpoint_format)
                 report.layers.append(result)
@@ -173,7 +179,7 @@ def solve_block(
     chosen: set[str],
     spec: QuantSpec,
     solver: SolverConfig | None,
-    grid_dtypes: tuple[torch.dtype, ...],
+    nearest: Callable[[torch.Tensor], Quantized],
     inputs: BlockInputs | None,
     original: BlockInputs | None,
 ) -> Iterator[tuple[LayerResult, str, Quantized]]:
@@ -204,7 +210,7 @@ def solve_block(
             yield apply(linears[n], q, spec, prefix + n, h, moments.tokens, solved)
     for n, linear in linears.items():
         if n not in reached:
-            q = round_to_nearest(linear.weight.float(), spec, grid_dtypes)
+            q = nearest(linear.weight.float())
             notes = () if solver is None else ("no calibration token reached it: rounded to nearest",)
             yield apply(linear, q, spec, prefix + n, None, 0, Solved(q, 0, 0, 0, notes))
 

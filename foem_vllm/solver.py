@@ -17,7 +17,7 @@ and not yet the pull. Two forms of FOEM:
 * "consistent": every column but the first is pulled, toward the corrected target W0 + alpha W0 D H^-1.
 
 Neither depends on `block_size`, which only says how many columns are updated together. Left out: choosing alpha, beta and
-damping (selection), other grids than minimum/maximum (grid).
+damping on held-out tokens, refitting scales after rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, QuantSpec, dequantize
-from foem_vllm.grid import SCALE_DTYPES, find_grid, to_codes
+from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, to_codes
 
 PUBLISHED_BLOCK = 128
 MAX_DAMPING = 1.0
@@ -39,18 +39,22 @@ MAX_DAMPING = 1.0
 @dataclass(frozen=True)
 class SolverConfig:
     """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold while the
-    factorization fails, and beyond 1 the diagonal of H is used alone. block_size: columns updated together (speed only)."""
+    factorization fails, and beyond 1 the diagonal of H is used alone. grid: "minmax", or "search" weighted by the diagonal of
+    H. block_size: columns updated together (speed only)."""
 
     alpha: float = 0.0
     beta: float = 0.0
     damping: float = 0.05
     form: str = "published"
+    grid: str = "minmax"
     block_size: int = 128
     scale_dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
 
     def __post_init__(self):
         if self.form not in ("published", "consistent"):
             raise FoemError(f"form={self.form!r} is unknown; choose published or consistent")
+        if self.grid not in GRIDS:
+            raise FoemError(f"grid={self.grid!r} is unknown; choose one of {', '.join(GRIDS)}")
         for name in ("alpha", "beta", "damping"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):
@@ -158,11 +162,11 @@ def solve(
     if config.alpha and config.beta and config.form == "consistent":
         target = (W0 + config.alpha * ((W0 @ D.to(dtype)) @ U.T) @ U).T
     unpulled = PUBLISHED_BLOCK if config.form == "published" else k
-    static = spec.act_order == "static"
+    static, search = spec.act_order == "static", config.grid == "search"
     scales = torch.empty(k // group, n, dtype=dtype, device=device)
     zeros = torch.empty_like(scales)
     if static:
-        grid = find_grid(W.to(device, dtype).view(n, -1, group), spec, config.scale_dtypes)
+        grid = find_grid(W.to(device, dtype).view(n, -1, group), spec, config.scale_dtypes, search, H.diagonal().view(-1, group))
         scales, zeros = grid[0].T.contiguous(), grid[1].T.contiguous()
     column_group = (order if static and order is not None else torch.arange(k, device=device)) // group
     column_group = column_group.tolist()
@@ -177,7 +181,8 @@ def solve(
             j = begin + i
             g = column_group[j]
             if not static and j % group == 0:
-                scales[g], zeros[g] = find_grid(w[j : j + group].T, spec, config.scale_dtypes)
+                importance = H1.diagonal()[j : j + group]
+                scales[g], zeros[g] = find_grid(w[j : j + group].T, spec, config.scale_dtypes, search, importance)
             column = wb[i]
             if config.beta and j % unpulled:
                 column -= config.beta * (column - target[j])

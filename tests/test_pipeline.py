@@ -133,6 +133,8 @@ def test_rtn_needs_no_text_and_rounds_to_nearest(llama, tmp_path):
         dict(act_order="static"),
         dict(method="foem+gptaq", form="consistent"),
         dict(method="gptq", symmetric=False, checkpoint_format="gptq_v2"),
+        dict(grid="search", act_order="group"),
+        dict(method="rtn", grid="search"),
     ],
 )
 def test_options(llama, changes, tmp_path):
@@ -292,6 +294,7 @@ BAD_OPTIONS = {
     "beta of gptq": (lambda t: dict(method="gptq", beta=0.1), "--beta 0.1 has no meaning for --method gptq"),
     "alpha of foem": (lambda t: dict(method="foem", alpha=0.1), "--alpha 0.1 has no meaning"),
     "bits": (lambda t: dict(bits=5), "bits=5"),
+    "grid": (lambda t: dict(grid="mse"), "--grid mse is unknown"),
     "order of rtn": (lambda t: dict(method="rtn", act_order="full"), "--act-order"),
     "v1 asymmetric": (lambda t: dict(symmetric=False, checkpoint_format="gptq"), "gptq_v2"),
     "missing text": (lambda t: dict(calibration=str(t / "absent.jsonl")), "absent.jsonl: no such file"),

@@ -233,6 +233,33 @@ def test_group_aware_order_keeps_groups_together():
     assert visit_order(diagonal, QuantSpec(4, 4, act_order="full")).tolist() == [4, 1, 7, 6, 2, 3, 0, 5]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_grid_search_is_the_best_of_its_candidates(symmetric):
+    """Brute force in Python, row by row, with weighted columns; and the whole solver profits on the loss it minimizes."""
+    g = torch.Generator().manual_seed(3)
+    w, weight = torch.randn(6, 32, generator=g, dtype=torch.float64) ** 3, torch.rand(32, generator=g, dtype=torch.float64)
+    scale, zero = find_grid(w, QuantSpec(3, 32, symmetric), search=True, importance=weight)
+    for row, s, z in zip(w.tolist(), scale.tolist(), zero.tolist()):
+        best = None
+        for i in range(26):
+            low, high = min(min(row), 0) * (1 - 0.02 * i), max(max(row), 0) * (1 - 0.02 * i)
+            span = 2 * max(-low, high) if symmetric else high - low
+            one = float(np.float16(span / 7))
+            origin = 4 if symmetric else min(max(round(-low / one), 0), 7)
+            values = [one * (min(max(round(v / one) + origin, 0), 7) - origin) for v in row]
+            error = sum(h * (a - b) ** 2 for a, b, h in zip(values, row, weight.tolist()))
+            if best is None or error < best[0] - 1e-12:
+                best = (error, one, origin)
+        assert (s, z) == best[1:]
+
+
+def test_grid_search_lowers_the_layer_loss():
+    w, h, _ = problem(32, 128, 1000)
+    for order in ("none", "group", "static", "full"):
+        spec = QuantSpec(3, 32, act_order=order)
+        assert solve(w**3, h, spec, SolverConfig(grid="search")).loss < 0.95 * solve(w**3, h, spec).loss
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float16,), (torch.float16, torch.bfloat16)])
 def test_scales_are_exact_in_the_stored_dtypes(dtypes):
     scales = torch.cat([torch.logspace(-12, 6, 1000), torch.tensor([0.0, 1e-30, 65504.0])])
@@ -259,7 +286,8 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "values", [dict(alpha=2.0), dict(beta=-0.1), dict(damping=float("nan")), dict(form="eq19"), dict(block_size=0)]
+    "values",
+    [dict(alpha=2.0), dict(beta=-0.1), dict(damping=float("nan")), dict(form="eq19"), dict(grid="mse"), dict(block_size=0)],
 )
 def test_bad_configs(values):
     with pytest.raises(FoemError, match=next(iter(values))):
