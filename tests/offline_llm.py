@@ -28,6 +28,9 @@ def main():
             file.write(json.dumps(answer) + "\n")
         del llm
         gc.collect()
+    # vLLM 0.32 now and then aborts in its own shutdown, when everything asked for is long written.
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -58,10 +59,14 @@ def evaluate(models: Sequence[str | pathlib.Path], tasks: str = "tinylm", includ
             line = command(run, tasks, output, pathlib.Path(include_path) if include_path else None, max_model_len, backend,
                            quantization if quantized else None, limit)
             own_log = log or pathlib.Path(output) / "lm-eval.log"
-            processes.run(line, own_log)
+            # vLLM 0.32 now and then aborts while it shuts down, after lm-eval has written its results.
+            code = processes.run(line, own_log, survives_signal=True)
             results = sorted(pathlib.Path(output).rglob("results*.json"))
             if not results:
-                raise FoemError(f"lm-eval wrote no result for {model}; its last lines:\n{processes.tail(own_log)}")
+                raise FoemError(f"lm-eval wrote no result for {model} (exit code {code}); its last lines:\n{processes.tail(own_log)}")
+            if code:
+                print(f"note: lm-eval wrote its results for {model}, then was killed by signal {-code} while shutting down",
+                      file=sys.stderr)
             found = json.loads(results[-1].read_text("utf-8"))["results"]
         row = {"model": model, "backend": backend, "max_model_len": max_model_len, **(storage(model) if storage else {})}
         for task, metrics in found.items():

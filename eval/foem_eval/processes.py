@@ -63,12 +63,18 @@ def stop_group(process: subprocess.Popen) -> None:
             return
 
 
-def run(command: Sequence[str], log: pathlib.Path) -> None:
-    """Run to the end; a failure raises FoemError with the last lines of its output."""
+def run(command: Sequence[str], log: pathlib.Path, survives_signal: bool = False) -> int:
+    """Run to the end and return the exit code; a failure raises FoemError with the last lines of its output.
+
+    survives_signal: return a negative code (the process was killed by a signal) instead of raising.
+    """
     with group(command, log) as process:
         code = process.wait()
+    if code < 0 and survives_signal:
+        return code
     if code:
         raise FoemError(f"{pathlib.Path(command[0]).name} ended with exit code {code}; the last lines of {log}:\n{tail(log)}")
+    return code
 
 
 def free_port() -> int:
