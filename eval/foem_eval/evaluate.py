@@ -63,7 +63,8 @@ def evaluate(models: Sequence[str | pathlib.Path], tasks: str = "tinylm", includ
             code = processes.run(line, own_log, survives_signal=True)
             results = sorted(pathlib.Path(output).rglob("results*.json"))
             if not results:
-                raise FoemError(f"lm-eval wrote no result for {model} (exit code {code}); its last lines:\n{processes.tail(own_log)}")
+                last = processes.tail(own_log)
+                raise FoemError(f"lm-eval wrote no result for {model} (exit code {code}); its last lines:\n{last}")
             if code:
                 print(f"note: lm-eval wrote its results for {model}, then was killed by signal {-code} while shutting down",
                       file=sys.stderr)
