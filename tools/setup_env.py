@@ -25,7 +25,7 @@ DISK_GB = {"cpu": 6, "gpu": 20}
 PYTHON_FROM = {"cpu": (3, 11), "gpu": (3, 10)}  # what these builds of vLLM accept ...
 PYTHON_BELOW = (3, 15)                          # ... from and up to
 OPTIONAL_MEDIA = ("torchvision", "torchaudio", "torchcodec")  # dependencies of vLLM that text models do not need
-IMPORTS = ("import torch, vllm, lm_eval, openai, pytest, foem_vllm.plugin, foem_kernels, foem_eval; "
+IMPORTS = ("import torch, vllm, lm_eval, openai, matplotlib, pytest, foem_vllm.plugin, foem_kernels, foem_eval; "
            "from transformers import Qwen3ForCausalLM")
 START = time.monotonic()
 

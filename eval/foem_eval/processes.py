@@ -35,14 +35,15 @@ def tail(log: pathlib.Path, lines: int = TAIL) -> str:
 
 
 @contextlib.contextmanager
-def group(command: Sequence[str], log: pathlib.Path) -> Iterator[subprocess.Popen]:
+def group(command: Sequence[str], log: pathlib.Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
     """Start `command` in a process group of its own, output appended to `log`; the group is gone when the block is left, also
-    by an exception or Ctrl-C."""
+    by an exception or Ctrl-C. env: None for that of a vLLM process."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(), start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment() if env is None else env,
+                                   start_new_session=True)
     try:
         yield process
     finally:
@@ -63,12 +64,12 @@ def stop_group(process: subprocess.Popen) -> None:
             return
 
 
-def run(command: Sequence[str], log: pathlib.Path, survives_signal: bool = False) -> int:
+def run(command: Sequence[str], log: pathlib.Path, survives_signal: bool = False, env: dict[str, str] | None = None) -> int:
     """Run to the end and return the exit code; a failure raises FoemError with the last lines of its output.
 
     survives_signal: return a negative code (the process was killed by a signal) instead of raising.
     """
-    with group(command, log) as process:
+    with group(command, log, env) as process:
         code = process.wait()
     if code < 0 and survives_signal:
         return code

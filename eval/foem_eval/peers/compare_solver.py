@@ -1,6 +1,6 @@
 """Our solver and GPTQModel's on the same W, H and D: share of equal codes and layer loss, per method.
 
-    python eval/peers/compare_solver.py [--venv DIR] [--json FILE]
+    python -m foem_eval.peers.compare_solver [--peers-folder DIR] [--json FILE]
 
 The cases are seeded: correlated inputs with a few loud channels, more and fewer tokens than columns, heavy-tailed weights.
 Our solver runs twice: with float32 scales, as theirs does, and with scales rounded to float16 before any code is chosen, as
@@ -15,20 +15,19 @@ import pathlib
 import subprocess
 import tempfile
 
-import gptqmodel_venv
 import torch
-from foem_eval.provenance import provenance
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from foem_eval.peers import environments
+from foem_eval.provenance import provenance
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.solver import SolverConfig, layer_loss, solve
 
 METHODS = {"gptq": (0.0, 0.0), "gptaq": (0.25, 0.0), "foem": (0.0, 0.2), "foem+gptaq": (0.25, 0.2)}
 SHAPES = {"small": (96, 128, 512), "layer": (192, 256, 2048), "few tokens": (128, 512, 384), "wide": (64, 768, 6144)}
 DAMPING = 0.05  # GPTQModel's default
-HERE = pathlib.Path(__file__).resolve().parent
 
 
 def layer(n: int, k: int, tokens: int, seed: int) -> dict[str, torch.Tensor]:
@@ -57,23 +56,24 @@ def plan() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=pathlib.Path, default=gptqmodel_venv.DEFAULT, help="where GPTQModel is, or goes")
+    parser.add_argument("--peers-folder", type=pathlib.Path, default=environments.FOLDER, help="where peers are, or go")
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows here")
     args = parser.parse_args()
-    python = gptqmodel_venv.ensure(args.venv)
+    python = environments.ensure("gptqmodel", args.peers_folder)
     layers = {case: layer(*shape, seed) for seed, (case, shape) in enumerate(SHAPES.items())}
     runs = plan()
     with tempfile.TemporaryDirectory() as folder:
         source, result = pathlib.Path(folder) / "in.safetensors", pathlib.Path(folder) / "out.safetensors"
         save_file({f"{case}/{name}": t.contiguous() for case, tensors in layers.items() for name, t in tensors.items()},
                   source, {"runs": json.dumps(runs)})
-        done = subprocess.run([python, HERE / "gptqmodel_solver.py", source, result], env=gptqmodel_venv.environment(),
-                              capture_output=True, text=True, timeout=900)
+        done = subprocess.run([python, environments.HERE / "gptqmodel_solver.py", source, result],
+                              env=environments.environment(), capture_output=True, text=True, timeout=900)
         if done.returncode:
             raise SystemExit(f"GPTQModel's solver failed:\n{done.stderr[-3000:]}")
         theirs = load_file(result)
 
-    table = Table(title="GPTQModel 7.7.0 and this solver on the same W, H, D (loss: tr(E H E^T) / N)")
+    version = environments.VERSIONS["gptqmodel"]
+    table = Table(title=f"GPTQModel {version} and this solver on the same W, H, D (loss: tr(E H E^T) / N)")
     for column in ("case", "method", "grid", "equal codes", "equal, fp16 scales", "loss theirs", "ours", "ours, fp16 scales"):
         table.add_column(column)
     rows = []
