@@ -16,8 +16,8 @@ DEFAULT = "allenai/c4"
 HUB_FILES = {"allenai/c4": "en/c4-train.00000-of-01024.json.gz"}
 
 
-def read_texts(source: str, split: str = "train", column: str = "text") -> Iterable[str]:
-    """The documents of a calibration source, in stored order (a hub data set: streamed).
+def read_texts(source: str, split: str = "train", column: str = "text", option: str = "--calibration") -> Iterable[str]:
+    """The documents of a text source, in stored order (a hub data set: streamed). option: what errors call it.
 
     `.txt` is one document; `.jsonl`, `.json` (one object a line) and their `.gz` have `column` in every line; `.parquet` has
     it as a column. Raises FoemError naming the file, the line and the remedy.
@@ -25,13 +25,13 @@ def read_texts(source: str, split: str = "train", column: str = "text") -> Itera
     path = pathlib.Path(source)
     local = path.exists() or path.is_absolute() or source.startswith(".") or source.endswith(SUFFIXES)
     if not local:
-        return _hub_texts(source, split, column)
+        return _hub_texts(source, split, column, option)
     if not path.is_file():
-        raise FoemError(f"--calibration {source}: no such file; give a hub data set or a file ({', '.join(SUFFIXES)})")
+        raise FoemError(f"{option} {source}: no such file; give a hub data set or a file ({', '.join(SUFFIXES)})")
     if not source.endswith(SUFFIXES):
-        raise FoemError(f"--calibration {source}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
+        raise FoemError(f"{option} {source}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
-        raise FoemError(f"--calibration {source}: the file is empty; give one with text")
+        raise FoemError(f"{option} {source}: the file is empty; give one with text")
     if source.endswith(".txt"):
         return [path.read_text("utf-8", "replace")]
     if source.endswith(".parquet"):
@@ -40,14 +40,14 @@ def read_texts(source: str, split: str = "train", column: str = "text") -> Itera
         table = parquet.ParquetFile(path)
         if column not in table.schema_arrow.names:
             raise FoemError(
-                f"--calibration {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; "
+                f"{option} {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; "
                 "name it with --text-column"
             )
         return [t for t in table.read([column]).column(column).to_pylist() if t]
-    return list(_json_lines(path, column))
+    return list(_json_lines(path, column, option))
 
 
-def _json_lines(path: pathlib.Path, column: str) -> Iterator[str]:
+def _json_lines(path: pathlib.Path, column: str, option: str) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -56,28 +56,28 @@ def _json_lines(path: pathlib.Path, column: str) -> Iterator[str]:
                 text = json.loads(line)[column]
             except (ValueError, KeyError, TypeError):
                 raise FoemError(
-                    f"--calibration {path}: line {number} is not a JSON object with a {column!r} field; "
+                    f"{option} {path}: line {number} is not a JSON object with a {column!r} field; "
                     "name the field with --text-column"
                 ) from None
             if text:
                 yield text
 
 
-def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
+def _hub_texts(name: str, split: str, column: str, option: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
         data = load_dataset(name, data_files=HUB_FILES.get(name), split=split, streaming=True)
         for row in data:
             if column not in row:
-                raise FoemError(f"--calibration {name}: no column {column!r} among {', '.join(row)}; name it with --text-column")
+                raise FoemError(f"{option} {name}: no column {column!r} among {', '.join(row)}; name it with --text-column")
             if row[column]:
                 yield row[column]
     except FoemError:
         raise
     except Exception as error:  # datasets and the hub client raise many unrelated types
         raise FoemError(
-            f"--calibration {name}: the hub did not deliver this data set ({type(error).__name__}: "
+            f"{option} {name}: the hub did not deliver this data set ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); check the name and the network, or give a local file"
         ) from None
 

@@ -1,4 +1,4 @@
-"""`foem`: quantize, inspect, eval."""
+"""`foem`: quantize, inspect, eval, compare."""
 
 from __future__ import annotations
 
@@ -195,6 +195,98 @@ def evaluate(
             storage=lambda m: storage(pathlib.Path(m)) if pathlib.Path(m).is_dir() else {},
         )
     )
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Model folder, or hub name such as Qwen/Qwen3-0.6B.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Folder for results.json, tables and plots; an earlier one is continued.")],
+    evaluation: Annotated[
+        str | None, typer.Option(help="Held-out text, a .txt or .jsonl file; needed.", rich_help_panel="Measuring")
+    ] = None,
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            help="Comma separated or repeated: rtn, gptq, gptaq, foem, foem+gptaq, fast, balanced, best, any of these with "
+            "options (foem:beta=0.1,act_order=group); gptqmodel:gptq (or gptaq, foem, foem+gptaq); autoround (:iters=50)."
+        ),
+    ] = ["rtn,gptq,foem"],  # noqa: B006  typer copies it
+    bits: Annotated[str, typer.Option(help="Comma separated: 2, 3, 4, 8.")] = "4",
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for a whole row.")] = DEFAULTS.group_size,
+    seeds: Annotated[str, typer.Option(help="Choices of calibration text, comma separated.")] = "0",
+    baseline: Annotated[
+        str | None, typer.Option(help="Method of the paired differences and ratios of KL, with bootstrap intervals.")
+    ] = None,
+    calibration_source: Annotated[
+        str,
+        typer.Option(
+            "--calibration", help="Hub data set, or a .txt, .jsonl, .json.gz or .parquet file.", rich_help_panel="Calibration"
+        ),
+    ] = calibration.DEFAULT,
+    samples: Annotated[int, typer.Option(help="Sequences.", rich_help_panel="Calibration")] = DEFAULTS.samples,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.", rich_help_panel="Calibration")] = DEFAULTS.seq_len,
+    sequences: Annotated[
+        int | None, typer.Option(help="A seeded choice of so many; default: the whole split.", rich_help_panel="Measuring")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", rich_help_panel="Measuring")] = 512,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Part of the held-out text: all; dev, a seeded choice of --dev-sequences; test, all others. Tune on dev.",
+            rich_help_panel="Measuring",
+        ),
+    ] = "all",
+    dev_sequences: Annotated[int, typer.Option(help="Size of the dev part.", rich_help_panel="Measuring")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+    ] = False,
+    peers_folder: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Where GPTQModel's and AutoRound's environments are, or go; default: ~/.cache/foem-vllm/peers."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints, in OUT/checkpoints.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Also keep earlier results that another commit made.")] = False,
+) -> None:
+    """Quantize with several methods, peers among them, and measure all on held-out text: tables, plots, paired intervals."""
+    try:
+        from foem_eval.compare import Comparison
+        from foem_eval.compare import compare as run
+        from foem_eval.peers.environments import FOLDER
+    except ModuleNotFoundError as error:
+        raise FoemError(f"foem compare needs {error.name}, which is not installed; pip install 'foem-vllm[eval]'") from None
+    run(
+        Comparison(
+            model=model,
+            evaluation=evaluation,
+            group_size=group_size,
+            calibration=calibration_source,
+            samples=samples,
+            seq_len=seq_len,
+            sequences=sequences,
+            sequence_length=sequence_length,
+            split=split,
+            dev_sequences=dev_sequences,
+            methods=methods,
+            bits=integers("--bits", bits),
+            seeds=integers("--seeds", seeds),
+            baseline=baseline,
+            out=out,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            peers_folder=peers_folder or FOLDER,
+            keep=keep,
+            resume=resume,
+        )
+    )
+
+
+def integers(option: str, text: str) -> list[int]:
+    """The different numbers of a comma-separated list, in its order."""
+    try:
+        return list(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        raise FoemError(f"{option} {text}: not a comma-separated list of whole numbers, as in {option} 4,3") from None
 
 
 def main() -> None:

@@ -77,11 +77,12 @@ def dequantized_folder(folder: str | pathlib.Path, dtype: torch.dtype = torch.bf
         yield copy
 
 
-def load_dequantized(folder: str | pathlib.Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+def load_dequantized(folder: str | pathlib.Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                     trust_remote_code: bool = False):
     """The causal LM in `folder`, quantized or not, as a transformers model in `dtype`, in evaluation mode.
 
     float32 shows the quantization alone; bfloat16 adds the rounding of dequantized weights that a serving engine may also do.
     """
     from transformers import AutoModelForCausalLM
     with dequantized_folder(folder, dtype) as plain:
-        return AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()

@@ -5,13 +5,18 @@ less than the values themselves. All logits are float32.
 """
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from foem_vllm.calibration import read_texts
+from foem_vllm.errors import FoemError
+
+PARTS = ("all", "dev", "test")
 
 
 class Divergence(NamedTuple):
@@ -36,24 +41,94 @@ def paired_difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     return float((a - b).mean()), standard_error(a - b)
 
 
-def read_sequences(tokenizer, path: str | pathlib.Path, length: int = 512, limit: int | None = None,
-                   seed: int = 0) -> torch.Tensor:
-    """[S, length] int64: the documents of a .jsonl with `text`, joined by the end-of-text token, cut into windows.
+class Bootstrap(NamedTuple):
+    """Two methods' values, a and b. difference: mean of a - b; ratio: mean of a over mean of b; each with its 95 % interval."""
+    difference: float
+    difference_interval: tuple[float, float]
+    ratio: float
+    ratio_interval: tuple[float, float]
 
-    With `limit` a seeded choice of that many windows, in text order. Needs at least `length` tokens.
+
+def bootstrap(a: torch.Tensor, b: torch.Tensor, draws: int = 10_000, seed: int = 0) -> Bootstrap:
+    """How sure a difference between two methods is. a, b: values [seeds, S] of the same calibration seeds and sequences.
+
+    Percentiles of `draws` resamples with replacement: of seeds, and of sequences, which are the same for every seed of a draw
+    because every seed's model was measured on the same ones. One row stands for every seed (a method that reads no text). With
+    few seeds their share of the interval is coarse: two give three possible means.
     """
+    rows = max(len(a), len(b))
+    a, b = (x.double().expand(rows, -1) if len(x) == 1 else x.double() for x in (a, b))
+    if a.shape != b.shape:
+        raise ValueError(f"values of shape {list(a.shape)} and {list(b.shape)} are not of the same seeds and sequences")
+    generator = torch.Generator().manual_seed(seed)
+    seeds, sequences = (_shares(draws, n, generator) for n in a.shape)
+    means_a, means_b = (((seeds @ x) * sequences).sum(1) for x in (a, b))
+    return Bootstrap(float((a - b).mean()), _interval(means_a - means_b),
+                     float(a.mean() / b.mean()), _interval(means_a / means_b))
+
+
+def _shares(draws: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """[draws, n] float64: how often each of n things is in a resample of n, over n."""
+    chosen = torch.randint(n, (draws, n), generator=generator)
+    return torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, chosen, torch.full((draws, n), 1 / n, dtype=torch.float64))
+
+
+def _interval(values: torch.Tensor) -> tuple[float, float]:
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def read_sequences(tokenizer, path: str | pathlib.Path, length: int = 512, limit: int | None = None, seed: int = 0,
+                   part: str = "all", dev: int = 128) -> torch.Tensor:
+    """[S, length] int64: the documents of a local text file, joined by the end-of-text token, cut into windows.
+
+    part: "dev", the seeded choice of `dev` windows; "test", all windows but these; "all". What was tuned on dev can be measured
+    on test, whose windows it has not seen. With `limit` a seeded choice of that many of the part's windows, in text order, so
+    that part "dev" is the same as part "all" with limit=dev. Raises FoemError when the text is too short.
+    """
+    if part not in PARTS:
+        raise FoemError(f"--split {part}: unknown; choose one of {', '.join(PARTS)}")
+    if not pathlib.Path(path).is_file():
+        raise FoemError(f"--evaluation {path}: no such file; give a .txt or .jsonl file of held-out text")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            ids += tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"] + end
-    windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    for text in read_texts(str(path), option="--evaluation"):
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+    windows = torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
     if not len(windows):
-        raise ValueError(f"{path}: {len(ids)} tokens, but one sequence needs {length}; give a longer text")
-    if limit is not None and limit < len(windows):
-        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:limit]
-        windows = windows[chosen.sort().values]
-    return windows
+        raise FoemError(f"--evaluation {path}: {len(ids)} tokens, but one sequence needs {length}; give a longer text")
+    if part != "all":
+        if len(windows) <= dev and part == "test":
+            raise FoemError(f"--evaluation {path}: {len(windows)} sequences of {length} tokens, and --dev-sequences {dev} leaves "
+                            "none for the test part; give a longer text, or lower it")
+        chosen = _choice(len(windows), dev, seed)
+        windows = windows[chosen if part == "dev" else ~chosen]
+    return windows if limit is None else windows[_choice(len(windows), limit, seed)]
+
+
+def _choice(n: int, limit: int, seed: int) -> torch.Tensor:
+    """[n] bool: a seeded choice of `limit` of n."""
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:limit]] = True
+    return chosen
+
+
+class Remembered:
+    """A model whose logits [1, L, vocabulary] of earlier sequences are kept, up to `budget` bytes on the model's device: an
+    original that many models are compared with is then run once. Called as `measure` calls a model."""
+
+    def __init__(self, model, budget: int = 2 << 30):
+        self.model, self.device, self.budget, self.kept = model, model.device, budget, {}
+
+    def __call__(self, ids: torch.Tensor):
+        key = ids.cpu().numpy().tobytes()
+        if key in self.kept:
+            return self.kept[key]
+        output = SimpleNamespace(logits=self.model(ids).logits)
+        self.budget -= output.logits.nbytes
+        if self.budget >= 0:
+            self.kept[key] = output
+        return output
 
 
 @torch.inference_mode()

@@ -123,18 +123,16 @@ def parse_value(text: str, key: str, value: str, hint: object) -> object:
     raise FoemError(f"--methods {text}: {key}={value} is not {wanted}")
 
 
-def run_peer(method: Method, python: pathlib.Path, model: pathlib.Path, out: pathlib.Path, tokens: pathlib.Path, bits: int,
-             group_size: int, seed: int, device: str | None, trust_remote_code: bool, log: pathlib.Path) -> float:
+def run_peer(method: Method, python: pathlib.Path, model: pathlib.Path, out: pathlib.Path, tokens: pathlib.Path,
+             options: Sequence[str], log: pathlib.Path) -> float:
     """Quantize `model` into the new folder `out` in the peer's own process; seconds of its own quantize step, as it prints them.
 
-    tokens: safetensors file with `input_ids` [sequences, length]. Raises FoemError with the end of its output when it fails.
+    tokens: safetensors file with `input_ids` [sequences, length]. options: further words of the peers' command lines, the same
+    for all. Raises FoemError with the end of its output when it fails.
     """
-    line = [str(python), str(environments.HERE / f"{method.peer}_quantize.py"), str(model), str(out), str(tokens),
-            "--bits", str(bits), "--group-size", str(group_size), "--seed", str(seed)]
+    line = [str(python), str(environments.HERE / f"{method.peer}_quantize.py"), str(model), str(out), str(tokens), *options]
     line += ["--method", method.name] if method.peer == "gptqmodel" else []
     line += [word for key, value in method.options for word in (f"--{key}", str(value))]
-    line += ["--device", device] if device else []
-    line += ["--trust-remote-code"] if trust_remote_code else []
     log.unlink(missing_ok=True)
     processes.run(line, log, env=environments.environment())
     printed = [text for text in log.read_text("utf-8", "replace").splitlines() if text.startswith('{"method"')]
