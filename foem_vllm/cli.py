@@ -1,4 +1,4 @@
-"""`foem`: quantize, inspect, eval, compare."""
+"""`foem`: quantize, inspect, analyze, eval, compare."""
 
 from __future__ import annotations
 
@@ -167,6 +167,38 @@ def inspect(
     if content["recipe"]:
         console.print("recipe: " + ", ".join(f"{k}={v}" for k, v in content["recipe"].items() if k != "sha256"), soft_wrap=True)
     console.print(layer_table(content["layers"], "layers"))
+
+
+@app.command()
+def analyze(
+    folder: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="Quantized checkpoint folder.")],
+    source: Annotated[str, typer.Option(help="The model it was made from: folder or hub name.")],
+    text: Annotated[str, typer.Option(help="Held-out text: a .txt, .jsonl, .json.gz or .parquet file, or a hub data set.")],
+    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = DEFAULTS.text_column,
+    sequences: Annotated[int, typer.Option(help="Sequences; more of them narrow the intervals.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Which part of the text is used.")] = 0,
+    output: Annotated[pathlib.Path, typer.Option(help="Folder for analysis.json and analysis.png.")] = pathlib.Path(
+        "foem_analysis"
+    ),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")] = False,
+) -> None:
+    """Split the loss change of every quantized linear into first order, second order and remainder, on held-out text."""
+    from foem_vllm import analysis_report
+    from foem_vllm.analyze import analyze as run
+
+    analysis_report.prepare(output)
+    content = run(folder, source, text, sequences, seq_len, seed, text_column, device, trust_remote_code, progress=not quiet)
+    analysis_report.write(content, output)
+    if not quiet:
+        analysis_report.print_tables(content)
+    for line in content["verdict"]:
+        print(line)
+    print(f"{output}/analysis.json, {output}/analysis.png: {content['seconds']:.0f} s")
 
 
 @app.command("eval")

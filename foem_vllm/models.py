@@ -105,6 +105,31 @@ def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> 
     return model.eval().requires_grad_(False)
 
 
+def load_eager(folder: pathlib.Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The whole model in memory, in evaluation mode, with eager attention (the kind that can be differentiated twice).
+
+    FoemError when the files do not fit config.json or lack a weight. The global random state is left as found.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except (RuntimeError, ValueError) as error:
+        raise FoemError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); download the model again") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if info["missing_keys"]:
+        raise FoemError(f"{folder}: {sorted(info['missing_keys'])[0]} is not among its weights; download the model again")
+    return model.eval().requires_grad_(False)
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, list) of the decoder blocks: the biggest ModuleList with as many entries as the text config has layers."""
     layers = model.config.get_text_config().num_hidden_layers
