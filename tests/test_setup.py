@@ -18,7 +18,7 @@ PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foe
 ORDER = ["errors", "integrity", "format", "grid", "solver", "selection", "calibration", "stream", "models", "capture", "report",
          "checkpoint", "pipeline", "cli"]
 PURE = {"format": {"errors"}, "grid": {"errors", "format"}, "solver": {"errors", "format", "grid"}}
-QUANTIZING = {"foem_eval.compare", "foem_eval.methods"}  # evaluation that quantizes; the rest reads checkpoints
+QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
 PLUGIN_MAY = {"foem_vllm.format", "foem_vllm.integrity", "foem_vllm.errors", "foem_vllm.plugin", "foem_vllm", "foem_kernels"}
 
 

@@ -31,7 +31,8 @@ from foem_vllm import models
 from foem_vllm.calibration import DEFAULT as DEFAULT_CALIBRATION
 from foem_vllm.checkpoint import storage
 from foem_vllm.errors import FoemError
-from foem_vllm.pipeline import QuantizeConfig, calibration_tokens, pick_device, quantize
+from foem_vllm.pipeline import calibration_tokens, pick_device, quantize
+from foem_vllm.recipe import QuantizeConfig
 from foem_vllm.report import REPORT_FILE
 
 RESULTS_FILE = "results.json"
@@ -142,7 +143,7 @@ def plan(c: Comparison) -> list[tuple[Method, int, int | None]]:
             raise FoemError(f"--bits {bits}: cannot be stored; choose among 2, 3, 4 and 8")
     runs = []
     for bits in c.bits:
-        silent = {m for m in methods if not m.peer and m.config(**c.common(bits, c.seeds[0])).resolve()[1] is None}
+        silent = {m for m in methods if not m.reads_text(**c.common(bits, c.seeds[0]))}
         for seed in c.seeds:
             runs += [(m, bits, None if m in silent else seed) for m in methods if m not in silent or seed == c.seeds[0]]
     return runs
@@ -243,12 +244,11 @@ def load(path: pathlib.Path, settings: dict) -> dict:
 
 
 def store(path: pathlib.Path, results: dict) -> None:
-    """Write so that an interruption leaves the earlier file whole. One run a line: a file that a diff can show."""
-    head = {k: v for k, v in results.items() if k != "runs"}
-    text = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n  '
-    text += ",\n  ".join(json.dumps(run) for run in results["runs"]) + "\n ]\n}\n"
+    """Write so that an interruption leaves the earlier file whole. One key and one run a line: a file that a diff can show."""
+    lines = [f' "{key}": {json.dumps(value)}' for key, value in results.items() if key != "runs"]
+    lines.append(' "runs": [\n  ' + ",\n  ".join(json.dumps(run) for run in results["runs"]) + "\n ]")
     fresh = path.with_suffix(".new")
-    fresh.write_text(text, "utf-8")
+    fresh.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
     fresh.replace(path)
 
 

@@ -107,12 +107,13 @@ def write(results: dict, out: pathlib.Path, baseline: str | None = None) -> None
 
     table = Table(title=title, caption="\n".join(notes), caption_justify="left")
     for heading, _ in columns.values():
-        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
+        named = heading == "method"
+        table.add_column(heading, justify="left" if named else "right", overflow="fold", no_wrap=named)
     for row in rows:
         table.add_row(*cells(row, columns))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own, and 80 columns would cut the numbers
-        console = Console(width=200)
+        console = Console(width=220)
     console.print(table)
     plot_bits(rows, "perplexity", "perplexity", out / "perplexity_by_bits.png", perplexity)
     plot_bits(rows, "kl", "KL(original || quantized), nats per token", out / "kl_by_bits.png")

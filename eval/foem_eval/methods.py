@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from foem_eval import processes
 from foem_eval.peers import environments
 from foem_vllm.errors import FoemError
-from foem_vllm.pipeline import METHODS, QuantizeConfig
+from foem_vllm.recipe import METHODS, PRESETS, QuantizeConfig, resolve
 
-PRESETS = ("fast", "balanced", "best")
 PEERS = {"gptqmodel": ("gptq", "gptaq", "foem", "foem+gptaq"), "autoround": ()}
 # Options of the comparison decide these, for all methods alike.
 RESERVED = {"method": "the name before the colon", "preset": "the name before the colon", "bits": "--bits", "seed": "--seeds",
@@ -40,6 +39,15 @@ class Method:
         """The QuantizeConfig of one of our methods. common: the fields that all methods share."""
         named = {"preset": self.name} if self.name in PRESETS else {"method": self.name}
         return QuantizeConfig(**{**common, **named, **dict(self.options)})
+
+    def reads_text(self, **common) -> bool:
+        """Whether calibration text, and with it the seed, matters. FoemError on options that make no sense together."""
+        if self.peer:
+            return True
+        try:
+            return resolve(self.config(**common)).solver is not None
+        except FoemError as error:
+            raise FoemError(f"--methods {self.text}: {error}") from None
 
 
 def split(arguments: Sequence[str]) -> list[str]:
