@@ -89,8 +89,10 @@ def verdict(content: dict) -> list[str]:
             lines.append(f"{line}, which these tokens cannot tell from zero: undecided; use more --sequences")
             continue
         shares = sums["shares"]
+        beyond = f"beyond noise in {sums['significant']['first_order']} of {len(content['layers'])} linears"
         lines.append(
-            f"{line}; first-order terms are {span(shares['first_order'], '.1%')} of it, second-order "
+            f"{line}; first-order terms sum to {span(sums['first_order'], '+.2e')} ({beyond}), second-order to "
+            f"{span(sums['second_order'], '+.2e')}; first-order are {span(shares['first_order'], '.1%')} of it, second-order "
             f"{shares['second_order']['mean']:.1%}, remainder {shares['remainder']['mean']:.1%}: {meaning[sums['judgement']]}"
         )
     lines.append(
@@ -241,7 +243,9 @@ def plot(content: dict, path: pathlib.Path) -> None:
     """Two panels, one per setting: stacked terms of every layer with the measured change and its interval."""
     pyplot = plotting()
     layers = content["layers"]
-    figure, axes = pyplot.subplots(2, 1, figsize=(max(8, min(24, 2 + 0.24 * len(layers))), 8), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, 1, figsize=(max(8, min(24, 2 + 0.24 * len(layers))), 8), sharex=True, sharey=True, layout="constrained"
+    )
     colors = dict(zip(TERMS, ("#d95f02", "#4c72b0", "#999999")))
     places = range(len(layers))
     for axis, setting in zip(axes, SETTINGS):
@@ -260,10 +264,18 @@ def plot(content: dict, path: pathlib.Path) -> None:
         axis.set_ylabel("loss change, 1e-3 nats/token")
         whole, first = (1e3 * content["totals"][setting][t]["mean"] for t in ("measured", "first_order"))
         axis.set_title(f"{LABELS[setting]}: sum {whole:+.1f}, of which first order {first:+.1f}", loc="left", fontsize=10)
-    figure.suptitle(f"{content['recipe']['checkpoint']}: loss change of every quantized linear", x=0.01, ha="left")
+    figure.suptitle(
+        f"{content['recipe']['checkpoint']} of {content['recipe']['source']}: loss change of every quantized linear",
+        x=0.01,
+        ha="left",
+    )
     axes[0].legend(ncols=4, frameon=False, fontsize=9)
     blocks = [next((part for part in layer["name"].split(".") if part.isdigit()), "") for layer in layers]
     few = len(layers) <= 90
+    for axis in axes:
+        for i in places:
+            if i and blocks[i] != blocks[i - 1]:
+                axis.axvline(i - 0.5, color="#dddddd", lw=0.8, zorder=0)
     shown = [i for i in places if few or i == 0 or blocks[i] != blocks[i - 1]]
     axes[1].set_xticks(shown, [f"{blocks[i]} {layers[i]['kind']}" if few else blocks[i] for i in shown], rotation=90, fontsize=8)
     axes[1].set_xlabel("block and linear, in the order of execution" if few else "block, in the order of execution")

@@ -279,7 +279,7 @@ def test_rule_of_the_verdict():
     assert judge(estimate(-0.5, -0.26), change) == "agrees"
     assert judge(estimate(0.24, 0.5), change) == "undecided"
     assert judge(estimate(-0.09, 0.09), change) == "disagrees"
-    assert judge(estimate(-0.09, 0.11), change) == "undecided"
+    assert judge(estimate(-0.09, 0.11), change) == judge(estimate(-0.11, 0.09), change) == "undecided"
     assert judge(estimate(0.26, 0.5), estimate(-0.01, 0.02)) == "undecided"
 
 
