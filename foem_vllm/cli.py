@@ -286,7 +286,8 @@ def compare(
         from foem_eval.compare import compare as run
         from foem_eval.peers.environments import FOLDER
     except ModuleNotFoundError as error:
-        raise FoemError(f"foem compare needs {error.name}, which is not installed; pip install 'foem-vllm[eval]'") from None
+        package = error.name.partition(".")[0]
+        raise FoemError(f"foem compare needs {package}, which is not installed; pip install 'foem-vllm[eval]'") from None
     run(
         Comparison(
             model=model,
