@@ -20,8 +20,8 @@ def __getattr__(name: str):
     if name in ("quantize", "QuantizeConfig"):
         import importlib
 
-        pipeline = importlib.import_module("foem_vllm.pipeline")
-        return getattr(pipeline, name)
+        module = importlib.import_module("foem_vllm.pipeline" if name == "quantize" else "foem_vllm.recipe")
+        return getattr(module, name)
     raise AttributeError(f"module 'foem_vllm' has no attribute {name!r}")
 
 

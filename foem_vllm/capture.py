@@ -1,8 +1,9 @@
-"""Second moments of what linears are fed, collected by hooks. Linears fed by the same tensor share one."""
+"""What linears are fed, collected by hooks, and its second moments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,33 +11,60 @@ from torch import nn
 from foem_vllm.errors import FoemError
 from foem_vllm.stream import StopForward
 
+SUM_SHARE = 0.9  # of the elements must show a perturbation unchanged where a linear's output is found again
+
+
+class Means(NamedTuple):
+    """Moments per token. h: X_q^T X_q [K, K]. d: (X_fp - X_q)^T X_q [K, K]. g: (Y_fp - Y_q)^T X_q [N, K], where Y is the residual
+    stream that the linear's output has joined, before the linear is quantized. tokens: how many."""
+
+    h: torch.Tensor
+    d: torch.Tensor | None
+    g: torch.Tensor | None
+    tokens: int
+
 
 class Moments:
-    """H = X_q^T X_q / T and, with a full-precision stream, D = (X_fp - X_q)^T X_q / T; per token, in float32."""
+    """Sums behind `Means`, in float32, kept apart for `folds` parts of the text: one can judge what another made.
 
-    def __init__(self, k: int, device: torch.device, cross: bool):
-        self.tokens = 0
-        self._h = torch.zeros(k, k, device=device)
-        self._d = torch.zeros(k, k, device=device) if cross else None
+    cross: with d. drift: rows of g (outputs), or 0 for none.
+    """
 
-    def add(self, quantized: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        """quantized, original: [..., K] inputs of the same tokens in the two models."""
-        x = quantized.reshape(-1, quantized.shape[-1]).float()
-        self._h.addmm_(x.T, x)
-        if self._d is not None:
-            self._d.addmm_((original.reshape(x.shape).float() - x).T, x)
-        self.tokens += x.shape[0]
+    def __init__(self, k: int, device: torch.device, folds: int = 1, cross: bool = False, drift: int = 0):
+        self.counts = [0] * folds
+        self._h = torch.zeros(folds, k, k, device=device)
+        self._d = torch.zeros(folds, k, k, device=device) if cross else None
+        self._g = torch.zeros(folds, drift, k, device=device) if drift else None
 
-    def means(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(H, D); FoemError naming the layer when an activation was not finite."""
-        h = self._h / max(self.tokens, 1)
-        d = None if self._d is None else self._d / max(self.tokens, 1)
-        if not torch.isfinite(h).all() or (d is not None and not torch.isfinite(d).all()):
+    def add(self, fold: int, x: torch.Tensor, drift: torch.Tensor | None = None) -> None:
+        """x: [..., K] inputs in the quantized model. drift: original minus quantized, same tokens: inputs [..., K] for d, the
+        residual stream [..., N] for g."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self._h[fold].addmm_(x.T, x)
+        sums = self._d if self._g is None else self._g
+        if sums is not None:
+            sums[fold].addmm_(drift.reshape(len(x), -1).float().T, x)
+        self.counts[fold] += len(x)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    def folds(self) -> list[Means]:
+        """The parts that saw tokens."""
+        return [self.means([i]) for i, count in enumerate(self.counts) if count]
+
+    def means(self, parts: list[int] | None = None, name: str = "linear") -> Means:
+        """Over all tokens, or those of some parts; FoemError naming the layer when an activation was not finite."""
+        parts = list(range(len(self.counts))) if parts is None else parts
+        tokens = sum(self.counts[i] for i in parts)
+        found = [None if s is None else s[parts].sum(0) / max(tokens, 1) for s in (self._h, self._d, self._g)]
+        if not all(t is None or torch.isfinite(t).all() for t in found):
             raise FoemError(
                 f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
                 "(is it run in the dtype it was trained in?)"
             )
-        return h, d
+        return Means(*found, tokens)
 
 
 def find_stages(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[list[str]]:
@@ -60,28 +88,81 @@ def find_stages(linears: dict[str, nn.Linear], run: Callable[[], object]) -> lis
 
         return before
 
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
-    try:
+    with hooks(m.register_forward_pre_hook(hook(name)) for name, m in linears.items()):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return stages
 
 
-def input_of(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
-    """What `run()` feeds `linear`; the run is cut short there."""
-    found: list[torch.Tensor] = []
+class hooks:
+    """A context in which the given hooks (their handles) are in place."""
 
-    def before(module, args):
-        found.append(args[0])
-        raise StopForward
+    def __init__(self, handles):
+        self.handles = list(handles)
 
-    handle = linear.register_forward_pre_hook(before)
-    try:
-        run()
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def find_sum(block: nn.Module, name: str, run: Callable[[], torch.Tensor]) -> str | None:
+    """Where the output of linear `name` joins the residual stream: "" for the block's output, a module's name for its input.
+
+    Found by trial: a random tensor added to the linear's output must come out there unchanged. None where no such place is seen
+    (query projections, for instance). Places later in the block come first, since more has been added up there.
+    """
+    linear = block.get_submodule(name)
+    seen: dict[str, torch.Tensor] = {}
+    extra: list[torch.Tensor] = []
+
+    def before(other: str):
+        def hook(module, args):
+            if args and isinstance(args[0], torch.Tensor):
+                seen.pop(other, None)  # in the order of the last call
+                seen[other] = args[0]
+
+        return hook
+
+    def add(module, args, out):
+        # As large as what it may be added to: in half precision a small tensor would drown in a large stream.
+        size = torch.stack([t.float().std() for t in (out, *seen.values()) if t.is_floating_point()]).max()
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        extra.append(size.to(out) * noise)
+        return out + extra[0]
+
+    inner = {n: m for n, m in block.named_modules() if n and not n.startswith(name)}
+    with hooks(m.register_forward_pre_hook(before(n)) for n, m in inner.items()):
+        plain = {"": run(), **seen}
+        seen.clear()
+        with hooks([linear.register_forward_hook(add)]):
+            moved = {"": run(), **seen}
+    for place in ["", *reversed(list(seen))]:
+        a, b = plain.get(place), moved[place]
+        if a is None or a.shape != b.shape or b.shape != extra[0].shape:
+            continue
+        wrong = (b.float() - a.float() - extra[0].float()).abs()
+        if (wrong <= 0.1 * extra[0].float().abs()).float().mean() > SUM_SHARE:
+            return place
+    return None
+
+
+def observe(block: nn.Module, names: Iterable[str], run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name -> what `run()` feeds that module of the block; "" -> the block's output. The run is cut short when all are known."""
+    wanted, seen = set(names), {}
+
+    def reached(name: str):
+        def hook(module, args):
+            seen[name] = args[0]
+            if len(seen) == len(wanted):
+                raise StopForward
+
+        return hook
+
+    with hooks(block.get_submodule(n).register_forward_pre_hook(reached(n)) for n in wanted - {""}):
+        try:
+            seen[""] = run()
+        except StopForward:
+            pass
+    return seen

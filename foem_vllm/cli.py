@@ -12,8 +12,8 @@ import typer
 
 from foem_vllm import __version__, calibration
 from foem_vllm.errors import FoemError
-from foem_vllm.pipeline import METHODS, QuantizeConfig
 from foem_vllm.pipeline import quantize as run_quantize
+from foem_vllm.recipe import AUTO, DEFAULT_PRESET, METHODS, PRESETS, QuantizeConfig
 
 app = typer.Typer(
     name="foem",
@@ -23,6 +23,15 @@ app = typer.Typer(
     help="Quantize causal LMs to GPTQ-format INT4 with FOEM, look at the result, measure it.",
 )
 DEFAULTS = QuantizeConfig()
+
+
+def _number_or_auto(value: str) -> float | str:
+    if value == AUTO:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is neither a number nor {AUTO}") from None
 
 
 def _version(value: bool) -> None:
@@ -42,29 +51,51 @@ def root(
 def quantize(
     model: Annotated[str, typer.Argument(help="Model folder, or hub name such as Qwen/Qwen3-0.6B.")],
     out: Annotated[pathlib.Path, typer.Argument(help="New folder for the checkpoint.")],
-    method: Annotated[str, typer.Option(help=" | ".join(METHODS), rich_help_panel="Method")] = DEFAULTS.method,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"{' | '.join(PRESETS)}; default {DEFAULT_PRESET} unless a method is named.", rich_help_panel="Method"),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"As in its paper, nothing more: {' | '.join(METHODS)}", rich_help_panel="Method")
+    ] = None,
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.", rich_help_panel="Method")] = DEFAULTS.bits,
     group_size: Annotated[
         int, typer.Option(help="Columns that share a scale; -1 for a whole row.", rich_help_panel="Method")
     ] = DEFAULTS.group_size,
     asym: Annotated[bool, typer.Option("--asym", help="Asymmetric grid, with zero points.", rich_help_panel="Method")] = False,
     act_order: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="none; group (GAR: better weights, no cost in serving); static; full (desc_act).", rich_help_panel="Method"
         ),
-    ] = DEFAULTS.act_order,
+    ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="Weight of the input-drift term (gptaq, foem+gptaq); default 0.25.", rich_help_panel="Method"),
+        typer.Option(
+            help="Weight of the input-drift term (gptaq, foem+gptaq: 0.25), or auto: per layer, on held-out text.",
+            parser=_number_or_auto,
+            metavar="NUMBER|auto",
+            rich_help_panel="Method",
+        ),
     ] = None,
     beta: Annotated[
         float | None,
-        typer.Option(help="Weight of the first-order term (foem, foem+gptaq); default 0.2.", rich_help_panel="Method"),
+        typer.Option(
+            help="Weight of the first-order term (foem, foem+gptaq: 0.2), or auto.",
+            parser=_number_or_auto,
+            metavar="NUMBER|auto",
+            rich_help_panel="Method",
+        ),
     ] = None,
     damp: Annotated[
-        float, typer.Option(help="Damping, as a fraction of the Hessian's mean diagonal.", rich_help_panel="Method")
-    ] = DEFAULTS.damping,
+        float | None,
+        typer.Option(
+            help="Damping, as a fraction of the Hessian's mean diagonal (0.05), or auto.",
+            parser=_number_or_auto,
+            metavar="NUMBER|auto",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -72,9 +103,22 @@ def quantize(
         ),
     ] = DEFAULTS.form,
     grid: Annotated[
-        str,
+        str | None,
         typer.Option(help="Range of a group: minmax, or search (better weights, no cost in serving).", rich_help_panel="Method"),
-    ] = DEFAULTS.grid,
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option("--refit/--no-refit", help="Scales once more when all codes are known.", rich_help_panel="Method"),
+    ] = None,
+    correct: Annotated[
+        float | None,
+        typer.Option(
+            help="Aim at the original model's outputs although the inputs have drifted: 0 to 1, or auto: per layer.",
+            parser=_number_or_auto,
+            metavar="NUMBER|auto",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     calibration_source: Annotated[
         str,
         typer.Option(
@@ -104,27 +148,30 @@ def quantize(
 ) -> None:
     """Quantize a model into a GPTQ-format checkpoint that vLLM serves."""
     config = QuantizeConfig(
-        method,
-        bits,
-        group_size,
-        not asym,
-        act_order,
-        alpha,
-        beta,
-        damp,
-        form,
-        grid,
-        calibration_source,
-        split,
-        text_column,
-        chat_template,
-        samples,
-        seq_len,
-        seed,
-        device,
-        checkpoint_format,
-        exclude or [],
-        trust_remote_code,
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=not asym,
+        act_order=act_order,
+        alpha=alpha,
+        beta=beta,
+        damping=damp,
+        form=form,
+        grid=grid,
+        calibration=calibration_source,
+        split=split,
+        text_column=text_column,
+        chat_template=chat_template,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        checkpoint_format=checkpoint_format,
+        exclude=exclude or [],
+        trust_remote_code=trust_remote_code,
+        preset=preset,
+        refit=refit,
+        correct=correct,
     )
     report = run_quantize(model, out, config, progress=not quiet)
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]

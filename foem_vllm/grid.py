@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from foem_vllm.format import Quantized, QuantSpec
+from foem_vllm.format import Quantized, QuantSpec, dequantize
 
 SCALE_DTYPES = (torch.float16,)
 GRIDS = ("minmax", "search")
@@ -61,6 +61,32 @@ def find_grid(
         better = error < least
         scale, zero, least = torch.where(better, s, scale), torch.where(better, z, zero), torch.where(better, error, least)
     return scale, zero
+
+
+def refit_scales(
+    q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
+) -> Quantized:
+    """q with the scales that bring it closest to target [N, K] under H [K, K], codes and zero points unchanged.
+
+    One group after the other, in closed form: with V = codes - zero of group g, s_g += [(target - Q) H]_g V^T / (V H_gg V^T).
+    A scale stays where its rounded new value would not lower tr((Q - target) H (Q - target)^T).
+    """
+    n, k = target.shape
+    scales = q.scales.to(H).clone()
+    grid = dequantize(q._replace(scales=torch.ones_like(scales)), spec).to(H)  # codes - zero
+    group = torch.arange(k, device=H.device) // (k // scales.shape[1]) if q.g_idx is None else q.g_idx.to(H.device)
+    residual = (target.to(H) - dequantize(q, spec).to(H)) @ H
+    for g in range(scales.shape[1]):
+        columns = (group == g).nonzero().squeeze(1)
+        V = grid[:, columns]
+        toward = (residual[:, columns] * V).sum(1)
+        curve = ((V @ H[columns][:, columns]) * V).sum(1)
+        new = round_scales(scales[:, g] + torch.where(curve > 0, toward / curve, 0), dtypes)
+        step = new - scales[:, g]
+        step = torch.where(step * (step * curve - 2 * toward) < 0, step, 0)
+        scales[:, g] += step
+        residual -= (step[:, None] * V) @ H[columns]
+    return q._replace(scales=scales.to(q.scales.dtype))
 
 
 def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 For every block, in order: load it, group its linears into stages that share an input, and for every stage collect the input's
 moments with all earlier stages already quantized (true-sequential), solve, put the dequantized weights in place; then carry the
-activations on to the next block. With alpha > 0 a second stream runs through the untouched blocks.
+activations on to the next block. Where the recipe corrects for drift, a second stream runs through the untouched blocks.
 """
 
 from __future__ import annotations
@@ -15,87 +15,22 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
 
-from foem_vllm import calibration, capture, models
-from foem_vllm.checkpoint import Writer, check_output, check_space, storage, tensor_sizes
+from foem_vllm import calibration, capture, models, selection
+from foem_vllm.checkpoint import Writer, check_output, check_space, tensor_sizes
 from foem_vllm.errors import FoemError
-from foem_vllm.format import CHECKPOINT_FORMATS, FormatConfig, Quantized, QuantSpec, dequantize
-from foem_vllm.grid import GRIDS, round_to_nearest
+from foem_vllm.format import FormatConfig, Quantized, QuantSpec, dequantize
+from foem_vllm.grid import round_to_nearest
+from foem_vllm.recipe import QuantizeConfig, Recipe, resolve
 from foem_vllm.report import LayerResult, Report, model_card
-from foem_vllm.solver import Solved, SolverConfig, layer_loss, solve
+from foem_vllm.solver import layer_loss, solve
 from foem_vllm.stream import BlockInputs, Weights, load_block, record_inputs
 
-# Name -> default (alpha, beta). RTN is the same grid without the loop.
-METHODS = {"rtn": None, "gptq": (0.0, 0.0), "gptaq": (0.25, 0.0), "foem": (0.0, 0.2), "foem+gptaq": (0.25, 0.2)}
 TOKENS_PER_BATCH = 4096
-
-
-@dataclass
-class QuantizeConfig:
-    """Everything that decides the result. alpha, beta: None for the method's default. form: of the first-order term; grid: minmax
-    or search; see solver.
-
-    calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
-    checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
-    """
-
-    method: str = "foem"
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    act_order: str = "none"
-    alpha: float | None = None
-    beta: float | None = None
-    damping: float = 0.05
-    form: str = "published"
-    grid: str = "minmax"
-    calibration: str = calibration.DEFAULT
-    split: str = "train"
-    text_column: str = "text"
-    chat_template: bool = False
-    samples: int = 256
-    seq_len: int = 2048
-    seed: int = 0
-    device: str | None = None
-    checkpoint_format: str | None = None
-    exclude: list[str] = field(default_factory=list)
-    trust_remote_code: bool = False
-
-    def resolve(self) -> tuple[QuantSpec, SolverConfig | None, str]:
-        """(spec, solver config or None for RTN, checkpoint format); FoemError on combinations that make no sense."""
-        if self.method not in METHODS:
-            raise FoemError(f"--method {self.method} is unknown; choose one of {', '.join(METHODS)}")
-        defaults = METHODS[self.method]
-        for name, index in (("alpha", 0), ("beta", 1)):
-            value = getattr(self, name)
-            if value is not None and (defaults is None or not defaults[index]) and value != 0:
-                users = [m for m, d in METHODS.items() if d and d[index]]
-                raise FoemError(f"--{name} {value} has no meaning for --method {self.method}; use --method {' or '.join(users)}")
-        if self.grid not in GRIDS:
-            raise FoemError(f"--grid {self.grid} is unknown; choose one of {', '.join(GRIDS)}")
-        if self.samples < 1 or self.seq_len < 2:
-            raise FoemError(f"--samples {self.samples} and --seq-len {self.seq_len} must be at least 1 and 2")
-        if defaults is None and self.act_order != "none":
-            raise FoemError("--act-order has no meaning for --method rtn, which rounds every weight by itself; leave it away")
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise FoemError(f"--exclude {pattern}: not a regular expression ({error})") from None
-        spec = QuantSpec(self.bits, self.group_size, self.symmetric, self.act_order)
-        chosen = self.checkpoint_format or ("gptq" if self.symmetric else "gptq_v2")
-        if chosen not in CHECKPOINT_FORMATS:
-            raise FoemError(f"--format {chosen} is unknown; choose one of {', '.join(CHECKPOINT_FORMATS)}")
-        if chosen == "gptq" and not self.symmetric:
-            raise FoemError("--format gptq cannot hold every asymmetric zero point; use gptq_v2")
-        if defaults is None:
-            return spec, None, chosen
-        alpha, beta = (d if v is None else v for d, v in zip(defaults, (self.alpha, self.beta)))
-        return spec, SolverConfig(alpha, beta, self.damping, self.form, self.grid), chosen
 
 
 def quantize(
@@ -108,7 +43,8 @@ def quantize(
     """
     config = config or QuantizeConfig()
     started = time.perf_counter()
-    spec, solver, checkpoint_format = config.resolve()
+    recipe = resolve(config)
+    spec = recipe.spec
     out = pathlib.Path(out)
     check_output(out)
     folder = models.resolve(model)
@@ -123,34 +59,31 @@ def quantize(
     stored = sum(size for _, size in tensor_sizes(folder).values())
     check_space(out, int(stored * (0.1 + spec.bits / 16)))
     grid_dtypes = (torch.float16, torch.bfloat16) if stored_dtype(weights) == torch.bfloat16 else (torch.float16,)
-    nearest = functools.partial(round_to_nearest, spec=spec, dtypes=grid_dtypes, search=config.grid == "search")
-    if solver:
-        solver = replace(solver, scale_dtypes=grid_dtypes)
+    nearest = functools.partial(round_to_nearest, spec=spec, dtypes=grid_dtypes, search=recipe.grid == "search")
+    if recipe.solver:
+        recipe = replace(recipe, solver=replace(recipe.solver, scale_dtypes=grid_dtypes))
 
-    report = Report(recipe_of(config, solver), skipped=skipped)
+    report = Report(recipe.stated, skipped=skipped)
     with Writer(out) as writer, torch.no_grad(), progress_bar(progress, len(blocks)) as step:
         inputs = original = None
-        if solver:
+        if recipe.solver:
             tokens = calibration_tokens(config, folder, hf_config)
             report.recipe["calibration_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-            batch = max(1, TOKENS_PER_BATCH // config.seq_len)
+            # Small enough that the text falls into folds even when there is little of it.
+            batch = max(1, min(TOKENS_PER_BATCH // config.seq_len, config.samples // selection.FOLDS))
             inputs = record_inputs(empty, blocks_name, blocks, weights, tokens, batch, dtype, device)
-            original = inputs.fork() if solver.alpha else None
+            original = inputs.fork() if recipe.needs_original else None
         report.seconds["prepare"] = time.perf_counter() - started
         for index, template in enumerate(blocks):
             prefix = f"{blocks_name}.{index}."
             step(f"block {index + 1}/{len(blocks)}")
             block = load_block(template, prefix, weights, dtype, device)
             untouched = load_block(template, prefix, weights, dtype, device) if original else None
-            for result, name, q in solve_block(
-                block, untouched, prefix, index, chosen, spec, solver, nearest, inputs, original
-            ):
-                writer.add_linear(name, q, spec, checkpoint_format)
+            for result, name, q in solve_block(block, untouched, prefix, index, chosen, recipe, nearest, inputs, original):
+                writer.add_linear(name, q, spec, recipe.checkpoint_format)
                 report.layers.append(result)
             if inputs:
                 inputs.advance(index, block)
-            if original:
-                original.advance(index, untouched)
         done = {layer.name for layer in report.layers}
         for name in weights.files:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in done):
@@ -159,7 +92,7 @@ def quantize(
         report.seconds["total"] = time.perf_counter() - started
         meta = {"quantizer": ["foem-vllm:" + version()], "foem": dict(report.recipe)}
         dynamic = {f"-:{re.escape(name)}$": {} for name in skipped if name in linear_names(blocks_name, blocks)} or None
-        quantization = FormatConfig(spec, checkpoint_format, False, dynamic, meta)
+        quantization = FormatConfig(spec, recipe.checkpoint_format, False, dynamic, meta)
         original_config = json.loads((folder / "config.json").read_text("utf-8"))
         writer.finish(
             folder,
@@ -177,69 +110,100 @@ def solve_block(
     prefix: str,
     index: int,
     chosen: set[str],
-    spec: QuantSpec,
-    solver: SolverConfig | None,
+    recipe: Recipe,
     nearest: Callable[[torch.Tensor], Quantized],
     inputs: BlockInputs | None,
     original: BlockInputs | None,
 ) -> Iterator[tuple[LayerResult, str, Quantized]]:
     """Quantize the chosen linears of one block in place, stage by stage; yields (result, full name, codes)."""
     linears = {n: m for n, m in models.find_linears(block).items() if prefix + n in chosen}
-    stages = capture.find_stages(linears, lambda: inputs.call(index, block, 0)) if solver else []
-    reached = {n for stage in stages for n in stage}
+    run = functools.partial(inputs.call, index, block) if inputs else None
+    stages = capture.find_stages(linears, lambda: run(0)) if inputs else []
+    places = {s[0]: capture.find_sum(block, s[0], lambda: run(0)) for s in stages if recipe.correct != 0 and len(s) == 1}
+    seen = record(untouched, index, stages, places, original) if original else None
     for stage in stages:
         names = ", ".join(prefix + n for n in stage)
-        first = linears[stage[0]]
-        moments = capture.Moments(first.in_features, first.weight.device, cross=original is not None)
-        for b in range(len(inputs.hidden)):
-            x = capture.input_of(first, lambda b=b: inputs.call(index, block, b))
-            moments.add(
-                x,
-                capture.input_of(untouched.get_submodule(stage[0]), lambda b=b: original.call(index, untouched, b))
-                if original
-                else None,
-            )
-        h, d = moments.means(names)
+        moments = collect(block, prefix, index, stage[0], places.get(stage[0]), recipe, inputs, seen)
+        means = moments.means(name=names)
         stacked = torch.cat([linears[n].weight.float() for n in stage])
-        solved = solve(stacked, h, spec, solver, d)
+        solver, target, choice = recipe.solver, None, None
+        strength = recipe.correct
+        if strength != 0:
+            target, strength = selection.correct(stacked, moments.folds(), solver.damping, strength)
+        if recipe.auto:
+            choice = selection.choose(stacked, moments.folds(), recipe.spec, solver, recipe.auto, strength)
+            solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
+        solved = solve(stacked, means.h, recipe.spec, solver, means.d, target)
         row = 0
         for n in stage:
             rows = slice(row, row + linears[n].out_features)
             row = rows.stop
             q = Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
-            yield apply(linears[n], q, spec, prefix + n, h, moments.tokens, solved)
+            goal = linears[n].weight.float() if target is None else target[rows]
+            result = result_of(linears[n], prefix + n, recipe.spec, list(solved.notes))
+            result.loss = layer_loss(dequantize(q, recipe.spec) - goal, means.h)
+            result.relative = result.loss / max(layer_loss(linears[n].weight.float(), means.h), 1e-30)
+            result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
+            result.chosen = None if choice is None else asdict(choice)
+            linears[n].weight.data.copy_(dequantize(q, recipe.spec))
+            yield result, prefix + n, q
+    reached = {n for stage in stages for n in stage}
     for n, linear in linears.items():
         if n not in reached:
             q = nearest(linear.weight.float())
-            notes = () if solver is None else ("no calibration token reached it: rounded to nearest",)
-            yield apply(linear, q, spec, prefix + n, None, 0, Solved(q, 0, 0, 0, notes))
+            notes = ["no calibration token reached it: rounded to nearest"] if inputs else []
+            linear.weight.data.copy_(dequantize(q, recipe.spec))
+            yield result_of(linear, prefix + n, recipe.spec, notes), prefix + n, q
 
 
-def apply(
-    linear: nn.Linear, q: Quantized, spec: QuantSpec, name: str, h: torch.Tensor | None, tokens: int, solved: Solved
-) -> tuple[LayerResult, str, Quantized]:
-    """Put the dequantized weight in place and measure what it costs."""
-    after = dequantize(q, spec)
-    loss = relative = None
-    if h is not None:
-        before = linear.weight.float()
-        loss = layer_loss(after - before, h)
-        relative = loss / max(layer_loss(before, h), 1e-30)
-    linear.weight.data.copy_(after)
+def record(
+    untouched: nn.Module, index: int, stages: list[list[str]], places: dict[str, str | None], original: BlockInputs
+) -> list[dict[str, torch.Tensor]]:
+    """What the original block shows, batch by batch, where the quantized one will be compared with it; advances its stream.
+
+    Four hidden states a token for the usual block, against one for the stream itself: the price of running it only once.
+    """
+    names = {"", *(s[0] if places.get(s[0]) is None else places[s[0]] for s in stages)}
+    seen = []
+    for b in range(len(original.hidden)):
+        seen.append(capture.observe(untouched, names, functools.partial(original.call, index, untouched, b)))
+        original.hidden[b] = seen[b][""]
+    return seen
+
+
+def collect(
+    block: nn.Module,
+    prefix: str,
+    index: int,
+    first: str,
+    place: str | None,
+    recipe: Recipe,
+    inputs: BlockInputs,
+    seen: list[dict[str, torch.Tensor]] | None,
+) -> capture.Moments:
+    """Moments, over the calibration text, of what feeds linear `first`, and of its drift from what the original block showed."""
+    linear = block.get_submodule(first)
+    folds = selection.FOLDS if recipe.auto or recipe.correct is None else 1
+    outputs = 0 if place is None else linear.out_features
+    moments = capture.Moments(linear.in_features, linear.weight.device, folds, seen is not None and not outputs, outputs)
+    wanted = [first] if place is None else [first, place]
+    for b in range(len(inputs.hidden)):
+        now = capture.observe(block, wanted, functools.partial(inputs.call, index, block, b))
+        drift = None
+        if seen:
+            if seen[b][wanted[-1]].shape != now[wanted[-1]].shape:
+                raise FoemError(
+                    f"{prefix}{first}: other tokens reach it than in the original model (routed experts); use --preset fast, "
+                    "or --exclude it"
+                )
+            drift = seen[b][wanted[-1]] - now[wanted[-1]]
+        moments.add(b % folds, now[first], drift)
+    return moments
+
+
+def result_of(linear: nn.Linear, name: str, spec: QuantSpec, notes: list[str]) -> LayerResult:
     n, k = linear.weight.shape
-    result = LayerResult(
-        name,
-        n,
-        k,
-        spec.bits,
-        spec.group_size,
-        loss,
-        relative,
-        solved.damping if h is not None else None,
-        tokens,
-        list(solved.notes),
-    )
-    return result, name, q
+    return LayerResult(name, n, k, spec.bits, spec.group_size, notes=notes)
 
 
 def choose_linears(
@@ -328,21 +292,6 @@ def stored_dtype(weights: Weights) -> torch.dtype:
     raise FoemError("the model has no floating-point matrices; it is quantized already or not a language model")
 
 
-def recipe_of(config: QuantizeConfig, solver: SolverConfig | None) -> dict:
-    """What decides the result, for the report, the model card and meta.foem."""
-    recipe = asdict(config)
-    for name in ("device", "trust_remote_code", "checkpoint_format"):
-        recipe.pop(name)
-    recipe.update(
-        {"alpha": solver.alpha, "beta": solver.beta}
-        if solver
-        else dict.fromkeys(("alpha", "beta", "damping", "form", "calibration", "samples", "seq_len", "seed"))
-    )
-    if recipe["calibration"] and pathlib.Path(recipe["calibration"]).exists():
-        recipe["calibration"] = pathlib.Path(recipe["calibration"]).name  # a local path says nothing elsewhere
-    return {key: value for key, value in recipe.items() if value not in (None, [])}
-
-
 def version() -> str:
     from foem_vllm import __version__
 
@@ -375,6 +324,3 @@ def progress_bar(show: bool, total: int):
             count += 1
 
         yield step
-
-
-__all__ = ["METHODS", "QuantizeConfig", "quantize", "storage"]

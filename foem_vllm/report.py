@@ -13,18 +13,21 @@ REPORT_FILE = "foem_report.json"
 
 @dataclass
 class LayerResult:
-    """One quantized linear [n, k]. loss: tr(E H E^T) / N per calibration token. relative: over the output's power."""
+    """One quantized linear [n, k]. loss: tr(E H E^T) / N a calibration token, E = Q - target. relative: over the output's power.
+    correction: strength of the corrected target, 0 to 1. chosen: what was chosen on held-out text, and why (selection.Choice)."""
 
     name: str
     n: int
     k: int
     bits: int
     group_size: int
-    loss: float | None
-    relative: float | None
-    damping: float | None
-    tokens: int
+    loss: float | None = None
+    relative: float | None = None
+    damping: float | None = None
+    tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    correction: float | None = None
+    chosen: dict | None = None
 
 
 @dataclass

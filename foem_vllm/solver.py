@@ -16,8 +16,8 @@ and not yet the pull. Two forms of FOEM:
   pulled (their pull acts inside one block only). Eq. 19 read literally would pull all remaining columns at every step.
 * "consistent": every column but the first is pulled, toward the corrected target W0 + alpha W0 D H^-1.
 
-Neither depends on `block_size`, which only says how many columns are updated together. Left out: choosing alpha, beta and
-damping on held-out tokens, refitting scales after rounding.
+Neither depends on `block_size`, which only says how many columns are updated together. alpha, beta and damping are chosen on
+held-out tokens by `selection`, which also makes the corrected target that `solve` can be given in place of W0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, QuantSpec, dequantize
-from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, to_codes
+from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, refit_scales, to_codes
 
 PUBLISHED_BLOCK = 128
 MAX_DAMPING = 1.0
@@ -40,13 +40,14 @@ MAX_DAMPING = 1.0
 class SolverConfig:
     """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold while the
     factorization fails, and beyond 1 the diagonal of H is used alone. grid: "minmax", or "search" weighted by the diagonal of
-    H. block_size: columns updated together (speed only)."""
+    H. refit: scales once more in closed form when all codes are known. block_size: columns updated together (speed only)."""
 
     alpha: float = 0.0
     beta: float = 0.0
     damping: float = 0.05
     form: str = "published"
     grid: str = "minmax"
+    refit: bool = False
     block_size: int = 128
     scale_dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
 
@@ -64,7 +65,7 @@ class SolverConfig:
 
 
 class Solved(NamedTuple):
-    """quantized: codes and grid. loss: tr(E H E^T) / N with E = Q - W0. relative: that loss over tr(W0 H W0^T) / N.
+    """quantized: codes and grid. loss: tr(E H E^T) / N with E = Q - target. relative: that loss over tr(W0 H W0^T) / N.
     damping: the fraction that was used in the end. notes: what did not go as asked, for the report."""
 
     quantized: Quantized
@@ -129,25 +130,31 @@ def solve(
     spec: QuantSpec,
     config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
     D: torch.Tensor | None = None,
+    target: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
 ) -> Solved:
     """Quantize one linear (or several with the same inputs, stacked along N: rows do not interact).
 
-    W: [N, K]. H: [K, K], whose dtype the computation is done in. D: [K, K], needed when alpha > 0. Nothing is mutated.
-    Columns that no input reaches (H_jj = 0) are rounded to nearest. Raises FoemError when K is not a multiple of the group
-    size, or when W, H or D is not finite.
+    W: [N, K]. H: [K, K], whose dtype the computation is done in. D: [K, K], needed when alpha > 0. target: [N, K] what Q shall
+    come close to, W when None. alpha, beta: [N], one value a row instead of config's. Nothing is mutated. Columns that no input
+    reaches (H_jj = 0) are rounded to nearest. Raises FoemError when K is not a multiple of the group size, or when W, H, D or
+    target is not finite.
     """
     n, k = W.shape
     group = k if spec.group_size == -1 else spec.group_size
     if k % group:
         raise FoemError(f"{k} columns are not a multiple of group_size {group}; choose a group size that divides {k}, or -1")
-    if config.alpha and D is None:
+    alpha, beta = config.alpha if alpha is None else alpha.to(H), config.beta if beta is None else beta.to(H)
+    drifts, pulls = (isinstance(v, torch.Tensor) or v > 0 for v in (alpha, beta))
+    if drifts and D is None:
         raise FoemError("alpha > 0 needs the cross moment D of original and quantized inputs")
-    for name, t in (("weights", W), ("H", H), ("D", D)):
+    for name, t in (("weights", W), ("H", H), ("D", D), ("target", target)):
         if t is not None and not torch.isfinite(t).all():
             raise FoemError(f"{name}: NaN or Inf found")
 
     dtype, device = H.dtype, H.device
-    W0 = W.to(device, dtype)
+    W0 = aim = (W if target is None else target).to(device, dtype)
     dead = H.diagonal() == 0
     H1 = H + torch.diag(dead.to(dtype))
     order = visit_order(H1.diagonal(), spec)
@@ -155,18 +162,18 @@ def solve(
         W0, H1 = W0[:, order], H1[order][:, order]
         D = D[order][:, order] if D is not None else None
     U, damping, notes = factor(H1, config.damping)
-    P = config.alpha * (D.to(dtype) @ U.T).triu(1) @ U if config.alpha else None
+    P = (D.to(dtype) @ U.T).triu(1) @ U if drifts else None
 
     # Columns of W are rows here, so that each is contiguous.
     w, target = W0.T.contiguous().clone(), W0.T
-    if config.alpha and config.beta and config.form == "consistent":
-        target = (W0 + config.alpha * ((W0 @ D.to(dtype)) @ U.T) @ U).T
+    if drifts and pulls and config.form == "consistent":
+        target = target + alpha * (((W0 @ D.to(dtype)) @ U.T) @ U).T
     unpulled = PUBLISHED_BLOCK if config.form == "published" else k
     static, search = spec.act_order == "static", config.grid == "search"
     scales = torch.empty(k // group, n, dtype=dtype, device=device)
     zeros = torch.empty_like(scales)
     if static:
-        grid = find_grid(W.to(device, dtype).view(n, -1, group), spec, config.scale_dtypes, search, H.diagonal().view(-1, group))
+        grid = find_grid(aim.view(n, -1, group), spec, config.scale_dtypes, search, H.diagonal().view(-1, group))
         scales, zeros = grid[0].T.contiguous(), grid[1].T.contiguous()
     column_group = (order if static and order is not None else torch.arange(k, device=device)) // group
     column_group = column_group.tolist()
@@ -176,7 +183,7 @@ def solve(
         Ub, wb = U[begin:end, begin:end], w[begin:end]
         Pb = P[begin:end, begin:end] if P is not None else None
         errors = torch.empty_like(wb)
-        seen = torch.empty_like(wb)  # each column as it was when it was rounded: what the drift term multiplies
+        seen = torch.empty_like(wb)  # alpha times each column as it was when it was rounded: what the drift term multiplies
         for i in range(end - begin):
             j = begin + i
             g = column_group[j]
@@ -184,18 +191,18 @@ def solve(
                 importance = H1.diagonal()[j : j + group]
                 scales[g], zeros[g] = find_grid(w[j : j + group].T, spec, config.scale_dtypes, search, importance)
             column = wb[i]
-            if config.beta and j % unpulled:
-                column -= config.beta * (column - target[j])
-            seen[i] = column
+            if pulls and j % unpulled:
+                column -= beta * (column - target[j])
+            seen[i] = alpha * column if drifts else column
             codes[j] = to_codes(column, scales[g], zeros[g], spec)
             error = column - (codes[j] - zeros[g]) * scales[g]
-            if config.beta:
-                error = error - config.beta * (column - target[j])
+            if pulls:
+                error = error - beta * (column - target[j])
             errors[i] = error / Ub[i, i]
             if i + 1 < end - begin:
                 wb[i + 1 :].addr_(Ub[i, i + 1 :], errors[i], alpha=-1)
                 if Pb is not None:
-                    wb[i + 1 :].addr_(Pb[i, i + 1 :], column)
+                    wb[i + 1 :].addr_(Pb[i, i + 1 :], seen[i])
         w[end:] -= U[begin:end, end:].T @ errors
         if P is not None:
             w[end:] += P[begin:end, end:].T @ seen
@@ -215,8 +222,9 @@ def solve(
         None if spec.symmetric else zeros.T.contiguous().to(torch.uint8),
         g_idx,
     )
-    delta = dequantize(quantized, spec).to(dtype) - W.to(device, dtype)
-    loss = layer_loss(delta, H)
+    if config.refit:
+        quantized = refit_scales(quantized, spec, aim, H, config.scale_dtypes)
+    loss = layer_loss(dequantize(quantized, spec).to(dtype) - aim, H)
     return Solved(quantized, loss, loss / max(layer_loss(W.to(device, dtype), H), 1e-30), damping, notes)
 
 

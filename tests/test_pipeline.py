@@ -24,7 +24,7 @@ from foem_vllm.grid import round_to_nearest
 from foem_vllm.solver import SolverConfig, solve
 from foem_vllm.stream import Weights
 
-SMALL = dict(calibration=str(CALIBRATION), samples=8, seq_len=64, group_size=32, device="cpu")
+SMALL = dict(method="foem", calibration=str(CALIBRATION), samples=8, seq_len=64, group_size=32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_architectures(arch, tmp_path):
 def test_first_layer_equals_solver_on_transformers_activations(tmp_path):
     """The pipeline's Hessian is checked against activations that transformers' own full model produces."""
     source = write_model(tmp_path / "model", "qwen3")
-    quantize(source, tmp_path / "out", QuantizeConfig(method="foem", beta=0.2, **SMALL))
+    quantize(source, tmp_path / "out", QuantizeConfig(**SMALL, beta=0.2))
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokens = sample_tokens(read_texts(str(CALIBRATION)), tokenizer, 8, 64, 0)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -86,7 +86,7 @@ def test_first_layer_equals_solver_on_transformers_activations(tmp_path):
 def test_full_precision_stream_sees_the_untouched_model(tmp_path):
     """alpha > 0 on block 1: D from two full transformers models, one original, one with block 0 and qkv quantized."""
     source = write_model(tmp_path / "model", "llama")
-    quantize(source, tmp_path / "out", QuantizeConfig(method="gptaq", **{**SMALL, "group_size": 64}))
+    quantize(source, tmp_path / "out", QuantizeConfig(**{**SMALL, "method": "gptaq", "group_size": 64}))
     tokens = sample_tokens(read_texts(str(CALIBRATION)), transformers.AutoTokenizer.from_pretrained(source), 8, 64, 0)
     inputs = []
     for quantized in (False, True):
@@ -375,7 +375,7 @@ def test_cli_quantize_and_inspect(tmp_path):
         [sys.executable, "-m", "foem_vllm.cli", "inspect", str(tmp_path / "out"), "--json"], capture_output=True, text=True
     )
     content = json.loads(shown.stdout)
-    assert len(content["layers"]) == 42 and content["recipe"]["beta"] == 0.2 and content["layers"][0]["relative"] > 0
+    assert len(content["layers"]) == 42 and content["recipe"]["preset"] == "balanced" and content["recipe"]["seed"] == 0 and content["layers"][0]["relative"] > 0
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json.gz", "parquet"])

@@ -1,0 +1,148 @@
+"""What a layer's calibration text decides about how the layer is solved: alpha, beta, damping, and how far to correct the target.
+
+In-sample loss always rises with beta and damping, so it cannot choose them. The text is divided into folds; what half of them
+suggests is judged on the others, then the halves change places (two-fold cross-validation). The score of Q = W + E is the layer's
+true objective on tokens that did not make it, up to a constant:
+
+    |Y_fp - Q X_q|^2 / T = tr(E H E^T) - 2 tr(G E^T) + constant,  H = X_q^T X_q / T,  G = (Y_fp - W X_q)^T X_q / T
+
+G comes from the drift of the inputs, G = W D, or of the residual stream behind the linear (see capture.find_sum).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from foem_vllm.capture import Means
+from foem_vllm.format import QuantSpec, dequantize
+from foem_vllm.solver import SolverConfig, solve
+
+FOLDS = 4
+ROWS = 512  # of a layer are enough to judge three numbers by
+GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
+PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
+
+
+@dataclass
+class Choice:
+    """alpha, beta, damping: chosen. gain: held-out score of GPTQ minus theirs, over GPTQ's layer loss (above 0: better).
+    scores: [{alpha, beta, damping, score, error}], score relative to GPTQ's, error the standard error of their difference."""
+
+    alpha: float
+    beta: float
+    damping: float
+    gain: float = 0.0
+    scores: list[dict] = field(default_factory=list)
+
+
+class Correction(NamedTuple):
+    """target: [N, K]. strength: the fitted factor, 0 .. 1, of the full correction G H^-1."""
+
+    target: torch.Tensor
+    strength: float
+
+
+def merge(parts: list[Means]) -> Means:
+    """Moments of several parts of the text together."""
+    tokens = sum(p.tokens for p in parts)
+
+    def mean(name):
+        values = [getattr(p, name) for p in parts]
+        return None if values[0] is None else sum(v * (p.tokens / tokens) for v, p in zip(values, parts))
+
+    return Means(mean("h"), mean("d"), mean("g"), tokens)
+
+
+def halves(folds: list[Means]) -> list[tuple[list[Means], list[Means]]]:
+    """[(what suggests, what judges)]; empty when there is only one fold."""
+    middle = (len(folds) + 1) // 2
+    first, second = folds[:middle], folds[middle:]
+    return [(first, second), (second, first)] if second else []
+
+
+def drift(W: torch.Tensor, means: Means) -> torch.Tensor | None:
+    """G [N, K] of the module's docstring."""
+    return means.g if means.g is not None else None if means.d is None else W.to(means.d) @ means.d
+
+
+def full_correction(W: torch.Tensor, means: Means, damping: float) -> torch.Tensor:
+    """G (H + damping mean(diag H) I)^-1 [N, K]: what least squares adds to W so that W X_q comes closest to Y_fp."""
+    h = means.h
+    # One column can dwarf the rest; a layer that is fed nothing has no correction.
+    ridge = (damping * h.diagonal().mean()).clamp(min=torch.finfo(h.dtype).tiny)
+    L, info = torch.linalg.cholesky_ex(h + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device))
+    if info != 0:
+        return torch.zeros_like(W, dtype=h.dtype)
+    return torch.cholesky_solve(drift(W, means).T, L).T
+
+
+def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float | None = None) -> Correction:
+    """The corrected target W + strength G H^-1 (QEP, arXiv 2504.09629; Qronos, 2505.11695) of W [N, K].
+
+    strength None: fitted to the folds that did not make the correction, <G_v, C> / <C H_v, C> clamped to 0 .. 1 (METHOD: alpha*).
+    """
+    if strength is None:
+        toward = length = 0.0
+        for suggests, judges in halves(folds):
+            C, held = full_correction(W, merge(suggests), damping), merge(judges)
+            toward += float((drift(W, held) * C).sum())
+            length += float(((C @ held.h) * C).sum())
+        strength = min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
+    if strength == 0.0:
+        return Correction(W, 0.0)
+    return Correction(W.to(folds[0].h) + strength * full_correction(W, merge(folds), damping), strength)
+
+
+def score(E: torch.Tensor, W: torch.Tensor, means: Means) -> torch.Tensor:
+    """[N] objective of the module's docstring for E = Q - W [N, K], a row each."""
+    found = ((E @ means.h) * E).sum(1)
+    g = drift(W, means)
+    return found if g is None else found - 2 * (g * E).sum(1)
+
+
+def choose(
+    W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: SolverConfig, auto: tuple[str, ...], strength: float = 0.0
+) -> Choice:
+    """alpha, beta and damping for W [N, K]; those not in `auto` stay as config has them. strength: of the target's correction.
+
+    Every combination in GRID is solved on one half of the folds and scored on the others. Among those whose score is within
+    one standard error (over held-out folds, of the paired difference) of the best, the one closest to plain GPTQ wins.
+    """
+    axes = [GRID[name] if name in auto else (getattr(config, name),) for name in PLAIN]
+    candidates = sorted(itertools.product(*axes), key=lambda c: (sum(a != b for a, b in zip(c, PLAIN.values())), c))
+    picked = torch.linspace(0, len(W) - 1, min(len(W), ROWS), device=W.device).round().long()
+    rows = W[picked].to(folds[0].h)
+    results = {c: [] for c in candidates}
+    for suggests, judges in halves(folds):
+        means = merge(suggests)
+        means = means._replace(g=None if means.g is None else means.g[picked])
+        held = [j._replace(g=None if j.g is None else j.g[picked]) for j in judges]
+        target = correct(rows, [means], config.damping, strength).target if strength else rows
+        for damping in sorted({c[2] for c in candidates}):
+            same = [c for c in candidates if c[2] == damping]
+            stacked = target.repeat(len(same), 1)
+            alpha, beta = (torch.tensor([c[i] for c in same]).to(rows).repeat_interleave(len(rows)) for i in (0, 1))
+            solved = solve(
+                stacked, means.h, spec, replace(config, damping=damping, alpha=0.0, beta=0.0), means.d,
+                alpha=alpha if alpha.any() else None, beta=beta if beta.any() else None,
+            )  # fmt: skip
+            for c, q in zip(same, dequantize(solved.quantized, spec).to(rows).split(len(rows))):
+                results[c] += [float(score(q - rows, rows, j).mean()) for j in held]
+    table = {c: torch.tensor(v, dtype=torch.float64) for c, v in results.items()}
+    plain = table[candidates[0]]
+    best = min(candidates, key=lambda c: table[c].mean())
+    chosen = next(c for c in candidates if (table[c] - table[best]).mean() <= standard_error(table[c] - table[best]))
+    unit = plain.abs().mean().clamp(min=1e-30)
+    scores = []
+    for c in candidates:
+        against = (table[c] - plain) / unit
+        scores.append({**dict(zip(PLAIN, c)), "score": float(against.mean()), "error": float(standard_error(against))})
+    return Choice(*chosen, gain=float((plain - table[chosen]).mean() / unit), scores=scores)
+
+
+def standard_error(differences: torch.Tensor) -> torch.Tensor:
+    return differences.std() / len(differences) ** 0.5 if len(differences) > 1 else torch.tensor(0.0)
