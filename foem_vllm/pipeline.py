@@ -8,27 +8,23 @@ activations on to the next block. Where the recipe corrects for drift, a second 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 
 import torch
 from torch import nn
 
-from foem_vllm import calibration, capture, models, selection
+from foem_vllm import calibration, models, selection
+from foem_vllm.block import BlockSolver
 from foem_vllm.checkpoint import Writer, check_output, check_space, tensor_sizes
 from foem_vllm.errors import FoemError
-from foem_vllm.format import FormatConfig, Quantized, QuantSpec, dequantize
-from foem_vllm.grid import round_to_nearest
-from foem_vllm.recipe import QuantizeConfig, Recipe, resolve
-from foem_vllm.report import LayerResult, Report, model_card
-from foem_vllm.solver import layer_loss, solve
-from foem_vllm.stream import BlockInputs, Weights, load_block, record_inputs
+from foem_vllm.format import FormatConfig, QuantSpec
+from foem_vllm.recipe import QuantizeConfig, resolve
+from foem_vllm.report import Report, model_card
+from foem_vllm.stream import Weights, load_block, record_inputs
 
 TOKENS_PER_BATCH = 4096
 
@@ -51,18 +47,13 @@ def quantize(
     hf_config = models.load_config(folder, config.trust_remote_code)
     device = pick_device(config.device)
     weights = Weights(folder)
-    # float32 on a CPU: exact, and faster there than half precision.
-    dtype = torch.float32 if device.type == "cpu" else stored_dtype(weights)
+    dtype = compute_dtype(device, stored_dtype(weights))
     empty = models.build_empty(hf_config, dtype, config.trust_remote_code)
     blocks_name, blocks = models.find_blocks(empty)
     chosen, skipped = choose_linears(blocks_name, blocks, spec, config.exclude, weights)
     stored = sum(size for _, size in tensor_sizes(folder).values())
     check_space(out, int(stored * (0.1 + spec.bits / 16)))
     grid_dtypes = (torch.float16, torch.bfloat16) if stored_dtype(weights) == torch.bfloat16 else (torch.float16,)
-    nearest = functools.partial(round_to_nearest, spec=spec, dtypes=grid_dtypes, search=recipe.grid == "search")
-    if recipe.solver:
-        recipe = replace(recipe, solver=replace(recipe.solver, scale_dtypes=grid_dtypes))
-
     report = Report(recipe.stated, skipped=skipped)
     with Writer(out) as writer, torch.no_grad(), progress_bar(progress, len(blocks)) as step:
         inputs = original = None
@@ -73,17 +64,16 @@ def quantize(
             batch = max(1, min(TOKENS_PER_BATCH // config.seq_len, config.samples // selection.FOLDS))
             inputs = record_inputs(empty, blocks_name, blocks, weights, tokens, batch, dtype, device)
             original = inputs.fork() if recipe.needs_original else None
+        solver = BlockSolver(recipe, grid_dtypes, inputs, original)
         report.seconds["prepare"] = time.perf_counter() - started
         for index, template in enumerate(blocks):
             prefix = f"{blocks_name}.{index}."
             step(f"block {index + 1}/{len(blocks)}")
             block = load_block(template, prefix, weights, dtype, device)
             untouched = load_block(template, prefix, weights, dtype, device) if original else None
-            for result, name, q in solve_block(block, untouched, prefix, index, chosen, recipe, nearest, inputs, original):
-                writer.add_linear(name, q, spec, recipe.checkpoint_format)
+            for result, q in solver.solve(index, block, untouched, prefix, chosen):
+                writer.add_linear(result.name, q, spec, recipe.checkpoint_format)
                 report.layers.append(result)
-            if inputs:
-                inputs.advance(index, block)
         done = {layer.name for layer in report.layers}
         for name in weights.files:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in done):
@@ -102,108 +92,6 @@ def quantize(
             report.to_json(),
         )
     return report
-
-
-def solve_block(
-    block: nn.Module,
-    untouched: nn.Module | None,
-    prefix: str,
-    index: int,
-    chosen: set[str],
-    recipe: Recipe,
-    nearest: Callable[[torch.Tensor], Quantized],
-    inputs: BlockInputs | None,
-    original: BlockInputs | None,
-) -> Iterator[tuple[LayerResult, str, Quantized]]:
-    """Quantize the chosen linears of one block in place, stage by stage; yields (result, full name, codes)."""
-    linears = {n: m for n, m in models.find_linears(block).items() if prefix + n in chosen}
-    run = functools.partial(inputs.call, index, block) if inputs else None
-    stages = capture.find_stages(linears, lambda: run(0)) if inputs else []
-    places = {s[0]: capture.find_sum(block, s[0], lambda: run(0)) for s in stages if recipe.correct != 0 and len(s) == 1}
-    seen = record(untouched, index, stages, places, original) if original else None
-    for stage in stages:
-        names = ", ".join(prefix + n for n in stage)
-        moments = collect(block, prefix, index, stage[0], places.get(stage[0]), recipe, inputs, seen)
-        means = moments.means(name=names)
-        stacked = torch.cat([linears[n].weight.float() for n in stage])
-        solver, target, choice = recipe.solver, None, None
-        strength = recipe.correct
-        if strength != 0:
-            target, strength = selection.correct(stacked, moments.folds(), solver.damping, strength)
-        if recipe.auto:
-            choice = selection.choose(stacked, moments.folds(), recipe.spec, solver, recipe.auto, strength)
-            solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
-        solved = solve(stacked, means.h, recipe.spec, solver, means.d, target)
-        row = 0
-        for n in stage:
-            rows = slice(row, row + linears[n].out_features)
-            row = rows.stop
-            q = Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
-            goal = linears[n].weight.float() if target is None else target[rows]
-            result = result_of(linears[n], prefix + n, recipe.spec, list(solved.notes))
-            result.loss = layer_loss(dequantize(q, recipe.spec) - goal, means.h)
-            result.relative = result.loss / max(layer_loss(linears[n].weight.float(), means.h), 1e-30)
-            result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
-            result.chosen = None if choice is None else asdict(choice)
-            linears[n].weight.data.copy_(dequantize(q, recipe.spec))
-            yield result, prefix + n, q
-    reached = {n for stage in stages for n in stage}
-    for n, linear in linears.items():
-        if n not in reached:
-            q = nearest(linear.weight.float())
-            notes = ["no calibration token reached it: rounded to nearest"] if inputs else []
-            linear.weight.data.copy_(dequantize(q, recipe.spec))
-            yield result_of(linear, prefix + n, recipe.spec, notes), prefix + n, q
-
-
-def record(
-    untouched: nn.Module, index: int, stages: list[list[str]], places: dict[str, str | None], original: BlockInputs
-) -> list[dict[str, torch.Tensor]]:
-    """What the original block shows, batch by batch, where the quantized one will be compared with it; advances its stream.
-
-    Four hidden states a token for the usual block, against one for the stream itself: the price of running it only once.
-    """
-    names = {"", *(s[0] if places.get(s[0]) is None else places[s[0]] for s in stages)}
-    seen = []
-    for b in range(len(original.hidden)):
-        seen.append(capture.observe(untouched, names, functools.partial(original.call, index, untouched, b)))
-        original.hidden[b] = seen[b][""]
-    return seen
-
-
-def collect(
-    block: nn.Module,
-    prefix: str,
-    index: int,
-    first: str,
-    place: str | None,
-    recipe: Recipe,
-    inputs: BlockInputs,
-    seen: list[dict[str, torch.Tensor]] | None,
-) -> capture.Moments:
-    """Moments, over the calibration text, of what feeds linear `first`, and of its drift from what the original block showed."""
-    linear = block.get_submodule(first)
-    folds = selection.FOLDS if recipe.auto or recipe.correct is None else 1
-    outputs = 0 if place is None else linear.out_features
-    moments = capture.Moments(linear.in_features, linear.weight.device, folds, seen is not None and not outputs, outputs)
-    wanted = [first] if place is None else [first, place]
-    for b in range(len(inputs.hidden)):
-        now = capture.observe(block, wanted, functools.partial(inputs.call, index, block, b))
-        drift = None
-        if seen:
-            if seen[b][wanted[-1]].shape != now[wanted[-1]].shape:
-                raise FoemError(
-                    f"{prefix}{first}: other tokens reach it than in the original model (routed experts); use --preset fast, "
-                    "or --exclude it"
-                )
-            drift = seen[b][wanted[-1]] - now[wanted[-1]]
-        moments.add(b % folds, now[first], drift)
-    return moments
-
-
-def result_of(linear: nn.Linear, name: str, spec: QuantSpec, notes: list[str]) -> LayerResult:
-    n, k = linear.weight.shape
-    return LayerResult(name, n, k, spec.bits, spec.group_size, notes=notes)
 
 
 def choose_linears(
@@ -281,6 +169,13 @@ def pick_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise FoemError(f"--device {name} is not supported; use cpu or cuda")
     return device
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What the model runs in while it is calibrated: as stored, but float32 on CPUs that compute faster in it."""
+    if device.type != "cpu" or (stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return stored
+    return torch.float32
 
 
 def stored_dtype(weights: Weights) -> torch.dtype:

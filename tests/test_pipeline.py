@@ -375,7 +375,8 @@ def test_cli_quantize_and_inspect(tmp_path):
         [sys.executable, "-m", "foem_vllm.cli", "inspect", str(tmp_path / "out"), "--json"], capture_output=True, text=True
     )
     content = json.loads(shown.stdout)
-    assert len(content["layers"]) == 42 and content["recipe"]["preset"] == "balanced" and content["recipe"]["seed"] == 0 and content["layers"][0]["relative"] > 0
+    assert len(content["layers"]) == 42
+    assert content["recipe"]["preset"] == "balanced" and content["recipe"]["seed"] == 0 and content["layers"][0]["relative"] > 0
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json.gz", "parquet"])

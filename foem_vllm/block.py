@@ -1,0 +1,162 @@
+"""One block of the model: its linears quantized in place, stage by stage, on inputs that earlier ones have already moved.
+
+Where the recipe corrects for that drift, the original block is run once beside it and what it shows is kept until the stage's
+turn comes. A linear that adds to the residual stream is aimed at the original stream, and so makes up for what earlier layers did
+to it; any other at its own original output.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import torch
+from torch import nn
+
+from foem_vllm import capture, models, selection
+from foem_vllm.errors import FoemError
+from foem_vllm.format import Quantized, dequantize
+from foem_vllm.grid import round_to_nearest
+from foem_vllm.recipe import Recipe
+from foem_vllm.report import LayerResult
+from foem_vllm.solver import layer_loss, solve
+from foem_vllm.stream import BlockInputs
+
+
+class BlockSolver:
+    """inputs: the hidden states before the block in the quantized model, original: in the original one; both are advanced to the
+    next block. None for recipes that read no text, or need no second stream."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        scale_dtypes: tuple[torch.dtype, ...],
+        inputs: BlockInputs | None,
+        original: BlockInputs | None,
+    ):
+        self.recipe, self.scale_dtypes, self.inputs, self.original = recipe, scale_dtypes, inputs, original
+        self.folds = selection.FOLDS if recipe.auto or recipe.correct is None else 1
+        self._places: dict[tuple, str | None] = {}
+
+    def solve(
+        self, index: int, block: nn.Module, untouched: nn.Module | None, prefix: str, chosen: set[str]
+    ) -> Iterator[tuple[LayerResult, Quantized]]:
+        """Quantize the linears of block number `index` whose full names (prefix + name) are `chosen`; both blocks are filled."""
+        linears = {n: m for n, m in models.find_linears(block).items() if prefix + n in chosen}
+        if self.inputs is None:
+            for n, linear in linears.items():
+                yield self._nearest(linear, prefix + n, [])
+            return
+        run = functools.partial(self.inputs.call, index, block)
+        stages = capture.find_stages(linears, lambda: run(0))
+        places = {s[0]: self._place(block, s[0], lambda: run(0)) for s in stages if self.recipe.correct != 0 and len(s) == 1}
+        shown = self._record(index, untouched, stages, places) if self.original else None
+        for stage in stages:
+            # Where the last linear ends in the block's output, that output need not be computed again to be carried on.
+            last = stage is stages[-1] and places.get(stage[0]) == ""
+            moments, fed = self._collect(index, block, prefix + stage[0], stage[0], places.get(stage[0]), shown, last)
+            before = linears[stage[0]].weight.float() if last else None
+            yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
+            if last:
+                change = (linears[stage[0]].weight.float() - before).T
+                for b, (x, out) in enumerate(fed):
+                    self.inputs.hidden[b] = (out.float() + x.float() @ change).to(out.dtype)
+        reached = {n for stage in stages for n in stage}
+        for n, linear in linears.items():
+            if n not in reached:
+                yield self._nearest(linear, prefix + n, ["no calibration token reached it: rounded to nearest"])
+        if not (stages and last):
+            self.inputs.advance(index, block)
+
+    def _solve_stage(
+        self, linears: dict[str, nn.Linear], prefix: str, moments: capture.Moments
+    ) -> Iterator[tuple[LayerResult, Quantized]]:
+        recipe = self.recipe
+        spec, solver = recipe.spec, replace(recipe.solver, scale_dtypes=self.scale_dtypes)
+        means = moments.means(name=", ".join(prefix + n for n in linears))
+        stacked = torch.cat([m.weight.float() for m in linears.values()])
+        target, choice, strength = stacked, None, recipe.correct
+        if strength != 0:
+            target, strength = selection.correct(stacked, moments.folds(), solver.damping, strength)
+        if recipe.auto:
+            choice = selection.choose(stacked, moments.folds(), spec, solver, recipe.auto, strength)
+            solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
+        solved = solve(stacked, means.h, spec, solver, means.d, target)
+        after = dequantize(solved.quantized, spec)
+        row = 0
+        for name, linear in linears.items():
+            rows = slice(row, row + linear.out_features)
+            row = rows.stop
+            result = self._result(linear, prefix + name, list(solved.notes))
+            result.loss = layer_loss(after[rows] - target[rows], means.h)
+            result.relative = result.loss / max(layer_loss(stacked[rows], means.h), 1e-30)
+            result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
+            result.chosen = None if choice is None else asdict(choice)
+            linear.weight.data.copy_(after[rows])
+            yield result, Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
+
+    def _nearest(self, linear: nn.Linear, name: str, notes: list[str]) -> tuple[LayerResult, Quantized]:
+        spec = self.recipe.spec
+        q = round_to_nearest(linear.weight.float(), spec, self.scale_dtypes, self.recipe.grid == "search")
+        linear.weight.data.copy_(dequantize(q, spec))
+        return self._result(linear, name, notes), q
+
+    def _result(self, linear: nn.Linear, name: str, notes: list[str]) -> LayerResult:
+        n, k = linear.weight.shape
+        return LayerResult(name, n, k, self.recipe.spec.bits, self.recipe.spec.group_size, notes=notes)
+
+    def _place(self, block: nn.Module, name: str, run) -> str | None:
+        """capture.find_sum, once for all blocks built alike."""
+        key = type(block), name, tuple(n for n, _ in block.named_modules())
+        if key not in self._places:
+            self._places[key] = capture.find_sum(block, name, run)
+        return self._places[key]
+
+    def _record(
+        self, index: int, untouched: nn.Module, stages: list[list[str]], places: dict[str, str | None]
+    ) -> list[dict[str, torch.Tensor]]:
+        """What the original block shows, batch by batch, where the quantized one will be compared with it; advances its stream.
+
+        Three more hidden states a token for the usual block: the price of running it only once.
+        """
+        names = {"", *(s[0] if places.get(s[0]) is None else places[s[0]] for s in stages)}
+        shown = []
+        for b in range(len(self.original.hidden)):
+            shown.append(capture.observe(untouched, names, functools.partial(self.original.call, index, untouched, b)))
+            self.original.hidden[b] = shown[b][""]
+        return shown
+
+    def _collect(
+        self,
+        index: int,
+        block: nn.Module,
+        full: str,
+        first: str,
+        place: str | None,
+        shown: list[dict[str, torch.Tensor]] | None,
+        keep: bool,
+    ) -> tuple[capture.Moments, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """(moments, over the calibration text, of what feeds linear `first`, and of its drift from what the original block
+        showed; with `keep` also the batches: what feeds it and the tensor at `place`)."""
+        linear = block.get_submodule(first)
+        outputs = 0 if place is None else linear.out_features
+        moments = capture.Moments(
+            linear.in_features, linear.weight.device, self.folds, shown is not None and not outputs, outputs
+        )
+        kept = []
+        at = first if place is None else place
+        for b in range(len(self.inputs.hidden)):
+            now = capture.observe(block, {first, at}, functools.partial(self.inputs.call, index, block, b))
+            drift = None
+            if shown:
+                if shown[b][at].shape != now[at].shape:
+                    raise FoemError(
+                        f"{full}: other tokens reach it than in the original model (routed experts); use --preset fast, "
+                        "or --exclude it"
+                    )
+                drift = shown[b][at] - now[at]
+            moments.add(b % self.folds, now[first], drift)
+            if keep:
+                kept.append((now[first], now[at]))
+        return moments, kept
