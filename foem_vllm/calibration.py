@@ -40,8 +40,7 @@ def read_texts(source: str, split: str = "train", column: str = "text", option: 
         table = parquet.ParquetFile(path)
         if column not in table.schema_arrow.names:
             raise FoemError(
-                f"{option} {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; "
-                "name it with --text-column"
+                f"{option} {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; name it with --text-column"
             )
         return [t for t in table.read([column]).column(column).to_pylist() if t]
     return list(_json_lines(path, column, option))
@@ -85,10 +84,12 @@ def _hub_texts(name: str, split: str, column: str, option: str) -> Iterator[str]
 def sample_tokens(
     texts: Iterable[str], tokenizer, samples: int, seq_len: int, seed: int, source: str = "calibration", chat: bool = False
 ) -> torch.Tensor:
-    """[samples, seq_len] int64: windows of the documents in a seeded random order, the end-of-text token between them.
+    """[samples, seq_len] int64, in a seeded random order, from as many documents as possible.
 
-    A stream is shuffled within its first 20 * samples documents. Too few tokens raise FoemError with both numbers. With `chat`
-    every document is put into the tokenizer's chat template as the assistant's turn. Only a generator of its own is used.
+    A document of seq_len tokens or more gives one window, at a random place; shorter ones are joined, the end-of-text token
+    between them, and cut. Only when all documents have been used do the rests of long ones follow. A stream is shuffled within
+    its first 20 * samples documents. Too few tokens raise FoemError with both numbers. With `chat` every document is put into
+    the tokenizer's chat template as the assistant's turn. Only a generator of its own is used.
     """
     generator = torch.Generator().manual_seed(seed)
     if not isinstance(texts, list):
@@ -99,23 +100,32 @@ def sample_tokens(
                 break
     if chat and not getattr(tokenizer, "chat_template", None):
         raise FoemError("--chat-template: this tokenizer has none; leave the option away")
-    needed = samples * seq_len
-    ids: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    windows: list[list[int]] = []
+    short: list[int] = []
+    rests: list[int] = []
     for i in torch.randperm(len(texts), generator=generator).tolist():
         text = texts[i]
         if chat:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": "Continue."}, {"role": "assistant", "content": text}], tokenize=False
             )
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        if len(ids) >= needed and len(texts) > 1:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(ids) < seq_len:
+            short += ids
+        else:
+            start = int(torch.randint(len(ids) - seq_len + 1, (1,), generator=generator))
+            windows.append(ids[start : start + seq_len])
+            rests += ids[:start] + ids[start + seq_len :]
+        if len(windows) + len(short) // seq_len >= samples and len(texts) > 1:
             break
-    windows = torch.tensor(ids[: len(ids) // seq_len * seq_len], dtype=torch.int64).view(-1, seq_len)
+    for ids in (short, rests):
+        if len(windows) < samples:
+            windows += [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)]
     if len(windows) < samples:
+        tokens = len(windows) * seq_len
         raise FoemError(
-            f"--calibration {source}: {len(ids)} tokens, but --samples {samples} x --seq-len {seq_len} need {needed}; "
+            f"--calibration {source}: {tokens} tokens, but --samples {samples} x --seq-len {seq_len} need {samples * seq_len}; "
             "give more text or lower one of them"
         )
-    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+    return torch.tensor(windows)[torch.randperm(len(windows), generator=generator)[:samples]]
