@@ -116,16 +116,22 @@ def sample_tokens(
         else:
             start = int(torch.randint(len(ids) - seq_len + 1, (1,), generator=generator))
             windows.append(ids[start : start + seq_len])
-            rests += ids[:start] + ids[start + seq_len :]
+            rests += (ids[:start] + end if start else []) + ids[start + seq_len :]
         if len(windows) + len(short) // seq_len >= samples and len(texts) > 1:
             break
-    for ids in (short, rests):
-        if len(windows) < samples:
-            windows += [ids[i : i + seq_len] for i in range(0, len(ids) - seq_len + 1, seq_len)]
+    windows += cut(short, seq_len)
+    if len(windows) < samples:
+        more = cut(rests, seq_len)
+        windows += [more[i] for i in torch.randperm(len(more), generator=generator).tolist()]
     if len(windows) < samples:
         tokens = len(windows) * seq_len
         raise FoemError(
             f"--calibration {source}: {tokens} tokens, but --samples {samples} x --seq-len {seq_len} need {samples * seq_len}; "
             "give more text or lower one of them"
         )
-    return torch.tensor(windows)[torch.randperm(len(windows), generator=generator)[:samples]]
+    return torch.tensor(windows[:samples])[torch.randperm(samples, generator=generator)]
+
+
+def cut(ids: list[int], length: int) -> list[list[int]]:
+    """As many whole pieces as there are."""
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
