@@ -92,7 +92,7 @@ def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float
             toward += float((drift(W, held) * C).sum())
             length += float(((C @ held.h) * C).sum())
         strength = min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
-    if strength == 0.0:
+    if strength == 0.0 or not folds:
         return Correction(W, 0.0)
     return Correction(W.to(folds[0].h) + strength * full_correction(W, merge(folds), damping), strength)
 
@@ -110,8 +110,11 @@ def choose(
     """alpha, beta and damping for W [N, K]; those not in `auto` stay as config has them. strength: of the target's correction.
 
     Every combination in GRID is solved on one half of the folds and scored on the others. Among those whose score is within
-    one standard error (over held-out folds, of the paired difference) of the best, the one closest to plain GPTQ wins.
+    one standard error (over held-out folds, of the paired difference) of the best, the one closest to plain GPTQ wins. With
+    fewer than two folds, as when few tokens are routed to an expert, nothing is chosen.
     """
+    if len(folds) < 2:
+        return Choice(config.alpha, config.beta, config.damping)
     axes = [GRID[name] if name in auto else (getattr(config, name),) for name in PLAIN]
     candidates = sorted(itertools.product(*axes), key=lambda c: (sum(a != b for a, b in zip(c, PLAIN.values())), c))
     picked = torch.linspace(0, len(W) - 1, min(len(W), ROWS), device=W.device).round().long()
