@@ -52,17 +52,20 @@ class BlockSolver:
         stages = capture.find_stages(linears, lambda: run(0))
         places = {s[0]: self._place(block, s[0], lambda: run(0)) for s in stages if self.recipe.correct != 0 and len(s) == 1}
         shown = self._record(index, untouched, stages, places) if self.original else None
+        reached: set[str] = set()
         for stage in stages:
             # Where the last linear ends in the block's output, that output need not be computed again to be carried on.
             last = stage is stages[-1] and places.get(stage[0]) == ""
             moments, fed = self._collect(index, block, prefix + stage[0], stage[0], places.get(stage[0]), shown, last)
             before = linears[stage[0]].weight.float() if last else None
-            yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
+            if moments.tokens:
+                yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
+                reached |= set(stage)
             if last:
                 change = (linears[stage[0]].weight.float() - before).T
                 for b, (x, out) in enumerate(fed):
-                    self.inputs.hidden[b] = (out.float() + x.float() @ change).to(out.dtype)
-        reached = {n for stage in stages for n in stage}
+                    moved = 0 if x is None else (x.float() @ change).view(out.shape)
+                    self.inputs.hidden[b] = (out.float() + moved).to(out.dtype)
         for n, linear in linears.items():
             if n not in reached:
                 yield self._nearest(linear, prefix + n, ["no calibration token reached it: rounded to nearest"])
@@ -136,7 +139,7 @@ class BlockSolver:
         place: str | None,
         shown: list[dict[str, torch.Tensor]] | None,
         keep: bool,
-    ) -> tuple[capture.Moments, list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[capture.Moments, list[tuple[torch.Tensor | None, torch.Tensor]]]:
         """(moments, over the calibration text, of what feeds linear `first`, and of its drift from what the original block
         showed; with `keep` also the batches: what feeds it and the tensor at `place`)."""
         linear = block.get_submodule(first)
@@ -148,15 +151,14 @@ class BlockSolver:
         at = first if place is None else place
         for b in range(len(self.inputs.hidden)):
             now = capture.observe(block, {first, at}, functools.partial(self.inputs.call, index, block, b))
-            drift = None
-            if shown:
-                if shown[b][at].shape != now[at].shape:
-                    raise FoemError(
-                        f"{full}: other tokens reach it than in the original model (routed experts); use --preset fast, "
-                        "or --exclude it"
-                    )
-                drift = shown[b][at] - now[at]
-            moments.add(b % self.folds, now[first], drift)
+            then = shown[b].get(at) if shown else None
+            if shown and getattr(then, "shape", None) != getattr(now.get(at), "shape", None):
+                raise FoemError(
+                    f"{full}: other tokens reach it than in the original model (routed experts); use --preset fast, "
+                    "or --exclude it"
+                )
+            if first in now:  # else none of the batch's tokens is routed to it
+                moments.add(b % self.folds, now[first], None if then is None else then - now[at])
             if keep:
-                kept.append((now[first], now[at]))
+                kept.append((now.get(first), now[at]))
         return moments, kept
