@@ -57,7 +57,7 @@ class BlockSolver:
             # Where the last linear ends in the block's output, that output need not be computed again to be carried on.
             last = stage is stages[-1] and places.get(stage[0]) == ""
             moments, fed = self._collect(index, block, prefix + stage[0], stage[0], places.get(stage[0]), shown, last)
-            before = linears[stage[0]].weight.float() if last else None
+            before = linears[stage[0]].weight.to(torch.float32, copy=True) if last else None
             if moments.tokens:
                 yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
                 reached |= set(stage)
