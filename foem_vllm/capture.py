@@ -36,14 +36,15 @@ class Moments:
         self._d = torch.zeros(folds, k, k, device=device) if cross else None
         self._g = torch.zeros(folds, drift, k, device=device) if drift else None
 
-    def add(self, fold: int, x: torch.Tensor, drift: torch.Tensor | None = None) -> None:
+    def add(self, fold: int, x: torch.Tensor, drift: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
         """x: [..., K] inputs in the quantized model. drift: original minus quantized, same tokens: inputs [..., K] for d, the
-        residual stream [..., N] for g."""
+        residual stream [..., N] for g. weights: [tokens], how much each counts."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self._h[fold].addmm_(x.T, x)
+        heavy = x if weights is None else x * weights[:, None]
+        self._h[fold].addmm_(heavy.T, x)
         sums = self._d if self._g is None else self._g
         if sums is not None:
-            sums[fold].addmm_(drift.reshape(len(x), -1).float().T, x)
+            sums[fold].addmm_(drift.reshape(len(x), -1).float().T, heavy)
         self.counts[fold] += len(x)
 
     @property

@@ -119,6 +119,22 @@ def quantize(
             rich_help_panel="Method",
         ),
     ] = None,
+    guided: Annotated[
+        bool | None,
+        typer.Option(
+            "--guided/--no-guided",
+            help="Weight tokens by the gradient of the task loss: one backward pass over the text.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    finetune_scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--finetune-scales/--no-finetune-scales",
+            help="Tune the scales against the original model's logits, codes fixed; kept if held-out text agrees.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     calibration_source: Annotated[
         str,
         typer.Option(
@@ -172,6 +188,8 @@ def quantize(
         preset=preset,
         refit=refit,
         correct=correct,
+        guided=guided,
+        finetune_scales=finetune_scales,
     )
     report = run_quantize(model, out, config, progress=not quiet)
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]

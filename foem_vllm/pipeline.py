@@ -17,11 +17,11 @@ import time
 import torch
 from torch import nn
 
-from foem_vllm import calibration, models, selection
+from foem_vllm import calibration, endtoend, models, selection
 from foem_vllm.block import BlockSolver
 from foem_vllm.checkpoint import Writer, check_output, check_space, tensor_sizes
 from foem_vllm.errors import FoemError
-from foem_vllm.format import FormatConfig, QuantSpec
+from foem_vllm.format import FormatConfig, Quantized, QuantSpec
 from foem_vllm.recipe import QuantizeConfig, resolve
 from foem_vllm.report import Report, model_card
 from foem_vllm.stream import Weights, load_block, record_inputs
@@ -64,7 +64,13 @@ def quantize(
             batch = max(1, min(TOKENS_PER_BATCH // config.seq_len, config.samples // selection.FOLDS))
             inputs = record_inputs(empty, blocks_name, blocks, weights, tokens, batch, dtype, device)
             original = inputs.fork() if recipe.needs_original else None
-        solver = BlockSolver(recipe, grid_dtypes, inputs, original)
+            start = inputs.fork() if recipe.guided or recipe.finetune_scales else None
+        guidance = None
+        if recipe.guided:
+            step("gradients")
+            guidance = endtoend.guide(empty, blocks, blocks_name, weights, start, dtype)
+        solver = BlockSolver(recipe, grid_dtypes, inputs, original, guidance)
+        untuned: dict[str, Quantized] = {}
         report.seconds["prepare"] = time.perf_counter() - started
         for index, template in enumerate(blocks):
             prefix = f"{blocks_name}.{index}."
@@ -72,8 +78,18 @@ def quantize(
             block = load_block(template, prefix, weights, dtype, device)
             untouched = load_block(template, prefix, weights, dtype, device) if original else None
             for result, q in solver.solve(index, block, untouched, prefix, chosen):
-                writer.add_linear(result.name, q, spec, recipe.checkpoint_format)
                 report.layers.append(result)
+                if recipe.finetune_scales:
+                    untuned[result.name] = q
+                else:
+                    writer.add_linear(result.name, q, spec, recipe.checkpoint_format)
+        if untuned:
+            tuned = endtoend.tune_scales(
+                empty, blocks, blocks_name, weights, start, original.hidden, untuned, spec, dtype, grid_dtypes, step_done=step
+            )
+            report.tuning = {"held_out_kl_before": tuned.before, "held_out_kl_after": tuned.after}
+            for name, q in untuned.items():
+                writer.add_linear(name, q._replace(scales=tuned.scales[name]), spec, recipe.checkpoint_format)
         done = {layer.name for layer in report.layers}
         for name in weights.files:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in done):

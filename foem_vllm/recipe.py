@@ -15,9 +15,21 @@ from foem_vllm.solver import SolverConfig
 # The papers' methods, name -> default (alpha, beta). RTN is the same grid without the loop.
 METHODS = {"rtn": None, "gptq": (0.0, 0.0), "gptaq": (0.25, 0.0), "foem": (0.0, 0.2), "foem+gptaq": (0.25, 0.2)}
 # What a named method does beyond alpha and beta: nothing that its paper does not.
-PLAIN = {"act_order": "none", "damping": 0.05, "grid": "minmax", "refit": False, "correct": 0.0}
-_FAST = {"method": "gptq", "act_order": "group", "damping": 0.05, "grid": "search", "refit": True, "correct": 0.0}
-PRESETS = {"fast": _FAST, "balanced": {**_FAST, "correct": "auto"}, "best": {**_FAST, "correct": "auto"}}
+PLAIN = {
+    "act_order": "none",
+    "damping": 0.05,
+    "grid": "minmax",
+    "refit": False,
+    "correct": 0.0,
+    "guided": False,
+    "finetune_scales": False,
+}
+_FAST = {**PLAIN, "method": "gptq", "act_order": "group", "grid": "search", "refit": True}
+PRESETS = {
+    "fast": _FAST,
+    "balanced": {**_FAST, "correct": "auto"},
+    "best": {**_FAST, "correct": "auto", "guided": True, "finetune_scales": True},
+}
 DEFAULT_PRESET = "balanced"
 AUTO = "auto"
 
@@ -29,7 +41,7 @@ class QuantizeConfig:
     preset: one of PRESETS, the default when method is None too; method: one of METHODS. The next ones are None for what the
     preset or method says. alpha, beta, damping: numbers or "auto", chosen per layer on held-out calibration text (selection).
     form: of the first-order term; act_order, grid, refit: see QuantSpec and SolverConfig. correct: strength of the corrected
-    target, 0 to 1 or "auto".
+    target, 0 to 1 or "auto". guided: tokens weighted by the task loss; finetune_scales: scales tuned end to end (endtoend).
 
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
@@ -59,6 +71,8 @@ class QuantizeConfig:
     preset: str | None = None
     refit: bool | None = None
     correct: float | str | None = None
+    guided: bool | None = None
+    finetune_scales: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,8 @@ class Recipe:
     solver: SolverConfig | None
     auto: tuple[str, ...]
     correct: float | None
+    guided: bool
+    finetune_scales: bool
     grid: str
     checkpoint_format: str
     stated: dict
@@ -77,7 +93,9 @@ class Recipe:
     @property
     def needs_original(self) -> bool:
         """Whether a second stream must run through the original model."""
-        return self.solver is not None and (self.solver.alpha > 0 or self.correct != 0 or "alpha" in self.auto)
+        return self.solver is not None and (
+            self.solver.alpha > 0 or self.correct != 0 or "alpha" in self.auto or self.finetune_scales
+        )
 
 
 def resolve(config: QuantizeConfig) -> Recipe:
@@ -103,7 +121,9 @@ def resolve(config: QuantizeConfig) -> Recipe:
     if chosen["grid"] not in GRIDS:
         raise FoemError(f"--grid {chosen['grid']} is unknown; choose one of {', '.join(GRIDS)}")
     if terms is None:
-        for name, option in (("act_order", "--act-order"), ("refit", "--refit"), ("correct", "--correct"), ("damping", "--damp")):
+        options = {"act_order": "--act-order", "damping": "--damp", "finetune_scales": "--finetune-scales"}
+        for name in ("act_order", "refit", "correct", "damping", "guided", "finetune_scales"):
+            option = options.get(name, f"--{name}")
             if getattr(config, name) not in (None, PLAIN[name]):
                 raise FoemError(f"{option} has no meaning for --method rtn, which rounds every weight by itself; leave it away")
     for name in ("alpha", "beta", "damping", "correct"):
@@ -125,8 +145,10 @@ def resolve(config: QuantizeConfig) -> Recipe:
         raise FoemError("--format gptq cannot hold every asymmetric zero point; use gptq_v2")
     stated = {**asdict(config), "preset": preset, **chosen}
     if terms is None:
-        stated |= dict.fromkeys(("damping", "form", "calibration", "samples", "seq_len", "seed", "refit", "correct"))
-        return Recipe(spec, None, (), 0.0, chosen["grid"], checkpoint_format, _tidy(stated))
+        stated |= dict.fromkeys(
+            ("damping", "form", "calibration", "samples", "seq_len", "seed", "refit", "correct", "guided", "finetune_scales")
+        )
+        return Recipe(spec, None, (), 0.0, False, False, chosen["grid"], checkpoint_format, _tidy(stated))
     auto = tuple(name for name in ("alpha", "beta", "damping") if chosen[name] == AUTO)
     if AUTO in (chosen["correct"], *auto) and config.samples < 2:
         raise FoemError(f"--samples {config.samples}: choosing on held-out text needs at least 2 sequences")
@@ -134,7 +156,8 @@ def resolve(config: QuantizeConfig) -> Recipe:
     start |= {name: chosen[name] for name in start if name not in auto}
     solver = SolverConfig(**start, form=config.form, grid=chosen["grid"], refit=bool(chosen["refit"]))
     correct = None if chosen["correct"] == AUTO else float(chosen["correct"])
-    return Recipe(spec, solver, auto, correct, chosen["grid"], checkpoint_format, _tidy(stated))
+    guided, tuned = bool(chosen["guided"]), bool(chosen["finetune_scales"])
+    return Recipe(spec, solver, auto, correct, guided, tuned, chosen["grid"], checkpoint_format, _tidy(stated))
 
 
 def _tidy(stated: dict) -> dict:

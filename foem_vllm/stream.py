@@ -72,8 +72,15 @@ class BlockInputs:
 
     def call(self, index: int, block: nn.Module, batch: int) -> torch.Tensor:
         """The output of `block`, as block number `index`, on a batch."""
-        hidden = self.hidden[batch]
-        args, kwargs = self.calls[index][hidden.shape[0]]
+        return self.run(index, block, self.hidden[batch])
+
+    def run(self, index: int, block: Callable, hidden: torch.Tensor) -> torch.Tensor:
+        """The same on any hidden states [S, T, width], for S up to the batches' size."""
+        size, calls = hidden.shape[0], self.calls[index]
+        recorded = size if size in calls else max(calls)
+        args, kwargs = calls[recorded]
+        if size != recorded:
+            args, kwargs = _first(args, size, recorded), _first(kwargs, size, recorded)
         out = block(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -81,6 +88,17 @@ class BlockInputs:
         """Replace the hidden states by the block's outputs."""
         for b in range(len(self.hidden)):
             self.hidden[b] = self.call(index, block, b)
+
+
+def _first(value, size: int, recorded: int):
+    """What blocks are called with (masks, positions) for `size` sequences, from a call with `recorded` of them."""
+    if isinstance(value, torch.Tensor):
+        return value[:size] if value.ndim and value.shape[0] == recorded else value
+    if isinstance(value, dict):
+        return {k: _first(v, size, recorded) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first(v, size, recorded) for v in value)
+    return value
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foe
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
 ORDER = ["errors", "integrity", "format", "grid", "solver", "stream", "capture", "selection", "calibration", "recipe", "models",
-         "report", "checkpoint", "block", "pipeline", "analysis_report", "analyze", "cli"]
+         "report", "checkpoint", "block", "endtoend", "pipeline", "analysis_report", "analyze", "cli"]
 PURE = {"format": {"errors"}, "grid": {"errors", "format"}, "solver": {"errors", "format", "grid"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
 PLUGIN_MAY = {"foem_vllm.format", "foem_vllm.integrity", "foem_vllm.errors", "foem_vllm.plugin", "foem_vllm", "foem_kernels"}

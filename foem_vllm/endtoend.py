@@ -1,0 +1,262 @@
+"""Gradients through the whole model with one block in memory at a time, and the two things they are used for.
+
+* `guide`: how much each calibration token matters to each linear: the mean squared gradient of the task loss at its output
+  (GuidedQuant, arXiv 2505.07004). The label is drawn from the model itself, so that the squares are those of the Fisher matrix.
+* `tune_scales`: codes fixed, the scales moved down the gradient of KL(original || quantized) at the logits; kept only if that
+  falls on calibration sequences that were not tuned on.
+
+The forward pass keeps what enters every block, the backward pass runs each block again with gradients and then forgets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from foem_vllm import models
+from foem_vllm.capture import hooks
+from foem_vllm.format import Quantized, QuantSpec, dequantize
+from foem_vllm.grid import round_scales
+from foem_vllm.stream import BlockInputs, Weights, load_block
+
+CHUNK = 16  # batches whose block inputs are in memory at once: each costs one pass over the model's files
+SEQUENCES_A_STEP = 4
+HELD_OUT = 8  # one sequence in so many judges and is not tuned on
+LEARNING_RATE = 3e-3  # relative change of a scale a step
+PASSES = 2
+
+
+class Head:
+    """Logits from what leaves the last block: the outer model, with the blocks taken out."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList):
+        self.model, self.blocks = model, blocks
+        head = model.get_output_embeddings()
+        if head is not None and head.weight.is_meta:  # tied
+            head.weight = model.get_input_embeddings().weight
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [S, T, width] -> logits [S, T, vocabulary], float32."""
+        for i, block in enumerate(self.blocks):
+            block.forward = (lambda *_, **__: hidden) if i == 0 else (lambda h, *_, **__: h)
+        try:
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=tokens, use_cache=False).logits.float()
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def guide(
+    model: nn.Module, blocks: nn.ModuleList, blocks_name: str, weights: Weights, inputs: BlockInputs, dtype: torch.dtype
+) -> list[dict[str, list[torch.Tensor]]]:
+    """[block][linear][batch] -> [tokens] float32, mean squared gradient of the task loss over the linear's outputs.
+
+    inputs: as they enter the first block; not advanced.
+    """
+    device = inputs.hidden[0].device
+    generator = torch.Generator().manual_seed(0)
+    head = Head(model, blocks)
+    found: list[dict[str, list[torch.Tensor]]] = [{} for _ in blocks]
+
+    def load(index: int) -> nn.Module:
+        return load_block(blocks[index], f"{blocks_name}.{index}.", weights, dtype, device)
+
+    for start in range(0, len(inputs.hidden), CHUNK):
+        entered = [inputs.hidden[start : start + CHUNK]]
+        for index in range(len(blocks)):
+            block = load(index)
+            entered.append([inputs.run(index, block, h) for h in entered[-1]])
+        gradients = []
+        for hidden in entered.pop():
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_(True)
+                logits = head(hidden)
+                up_to = logits.detach().flatten(0, -2).softmax(-1).cumsum(-1)
+                drawn = torch.rand(len(up_to), 1, generator=generator).to(device) * up_to[:, -1:]
+                label = torch.searchsorted(up_to, drawn).squeeze(1).clamp_(max=up_to.shape[1] - 1)
+                F.cross_entropy(logits.flatten(0, -2), label, reduction="sum").backward()
+            gradients.append(hidden.grad)
+        for index in reversed(range(len(blocks))):
+            block = load(index)
+            for b, hidden in enumerate(entered.pop()):
+                gradients[b] = _squares(index, block, inputs, hidden, gradients[b], found[index])
+    return found
+
+
+def _squares(
+    index: int, block: nn.Module, inputs: BlockInputs, hidden: torch.Tensor, gradient: torch.Tensor, found: dict
+) -> torch.Tensor:
+    """Gradient at the block's input; adds [tokens] of every linear that was reached to `found`."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module, args, out):
+            out.retain_grad()
+            outputs[name] = out
+
+        return hook
+
+    with torch.enable_grad(), hooks(m.register_forward_hook(keep(n)) for n, m in models.find_linears(block).items()):
+        hidden = hidden.detach().requires_grad_(True)
+        inputs.run(index, block, hidden).backward(gradient)
+    for name, out in outputs.items():
+        found.setdefault(name, []).append(out.grad.float().square().mean(-1).flatten())
+    return hidden.grad
+
+
+class Tuned(NamedTuple):
+    """scales: name -> [N, G] of what was accepted. before, after: KL in nats a token on the held-out sequences."""
+
+    scales: dict[str, torch.Tensor]
+    before: float
+    after: float
+
+
+def tune_scales(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    blocks_name: str,
+    weights: Weights,
+    inputs: BlockInputs,
+    goal: list[torch.Tensor],
+    quantized: dict[str, Quantized],
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    scale_dtypes: tuple[torch.dtype, ...],
+    seed: int = 0,
+    step_done: Callable[[str], None] = lambda text: None,
+) -> Tuned:
+    """Scales of `quantized` (full name -> codes and grid) that bring the logits closer to those of the original model.
+
+    inputs: as they enter the first block. goal: batches [S, T, width] that leave the original model's last block. In memory:
+    codes at a byte a weight, scales with Adam's two moments, one block of weights, the hidden states of one step.
+    """
+    device = inputs.hidden[0].device
+    head = Head(model, blocks)
+    stack = _Stack(blocks, blocks_name, weights, quantized, spec, dtype, device)
+    sequences = [(b, s) for b, h in enumerate(inputs.hidden) for s in range(len(h))]
+    held, tuned_on = sequences[::HELD_OUT], [p for i, p in enumerate(sequences) if i % HELD_OUT]
+    if not tuned_on:
+        return Tuned({n: q.scales for n, q in quantized.items()}, float("nan"), float("nan"))
+
+    def pick(batches: list[torch.Tensor], part: list[tuple[int, int]]) -> torch.Tensor:
+        return torch.stack([batches[b][s] for b, s in part])
+
+    def divergence(part: list[tuple[int, int]], hidden: torch.Tensor) -> torch.Tensor:
+        target = head(pick(goal, part)).log_softmax(-1)
+        return (target.exp() * (target - head(hidden).log_softmax(-1))).sum(-1).mean()
+
+    def judge() -> float:
+        total = 0.0
+        for part in _parts(held):
+            hidden = pick(inputs.hidden, part)
+            for index in range(len(blocks)):
+                hidden = inputs.run(index, stack.at(index), hidden)
+            total += float(divergence(part, hidden)) * len(part)
+        return total / len(held)
+
+    before = judge()
+    best, kept = before, {n: s.clone() for n, s in stack.rounded(scale_dtypes).items()}
+    generator = torch.Generator().manual_seed(seed)
+    steps, done = PASSES * -(-len(tuned_on) // SEQUENCES_A_STEP), 0
+    for number in range(PASSES):
+        step_done(f"tuning scales, pass {number + 1} of {PASSES}")
+        order = [tuned_on[i] for i in torch.randperm(len(tuned_on), generator=generator).tolist()]
+        for part in _parts(order):
+            entered = [pick(inputs.hidden, part)]
+            for index in range(len(blocks)):
+                entered.append(inputs.run(index, stack.at(index), entered[-1]))
+            with torch.enable_grad():
+                hidden = entered.pop().detach().requires_grad_(True)
+                divergence(part, hidden).backward()
+            gradient = hidden.grad
+            rate = LEARNING_RATE * min(1.0, (done + 1) / 5) * (1 - done / steps)
+            for index in reversed(range(len(blocks))):
+                with torch.enable_grad():
+                    hidden = entered.pop().detach().requires_grad_(True)
+                    inputs.run(index, stack.at(index), hidden).backward(gradient)
+                gradient = hidden.grad
+                stack.update(index, rate, done + 1)
+            done += 1
+        exact = stack.factors
+        rounded = stack.rounded(scale_dtypes)
+        stack.use(rounded)
+        score = judge()
+        stack.factors = exact
+        if score < best:
+            best, kept = score, rounded
+    return Tuned(kept, before, best)
+
+
+def _parts(sequences: list) -> Iterator[list]:
+    for i in range(0, len(sequences), SEQUENCES_A_STEP):
+        yield sequences[i : i + SEQUENCES_A_STEP]
+
+
+class _Stack:
+    """The quantized model as codes, scales and one relative factor a scale; a block's weights exist only while it is run."""
+
+    def __init__(self, blocks, blocks_name, weights, quantized, spec, dtype, device):
+        self.blocks, self.spec, self.dtype = blocks, spec, dtype
+        self.names: list[dict[str, str]] = []  # block -> parameter -> full name of its linear
+        self.rest: list[dict[str, torch.Tensor]] = []
+        self.quantized, self.factors, self.moments = quantized, {}, {}
+        for index, template in enumerate(blocks):
+            prefix = f"{blocks_name}.{index}."
+            names = {f"{n}.weight": prefix + n for n in models.find_linears(template) if prefix + n in quantized}
+            self.names.append(names)
+            filled = load_block(template, prefix, weights, dtype, device)
+            self.rest.append({n: p for n, p in filled.named_parameters() if n not in names})
+            self.rest[-1] |= dict(filled.named_buffers())
+            for name in names.values():
+                factor = torch.ones_like(quantized[name].scales, dtype=torch.float32, device=device)
+                self.factors[name] = factor.requires_grad_(True)
+                self.moments[name] = (torch.zeros_like(factor), torch.zeros_like(factor))
+
+    def at(self, index: int) -> Callable:
+        """Block number `index`, to be called as the block itself."""
+
+        def call(*args, **kwargs):
+            parameters = dict(self.rest[index])
+            for parameter, name in self.names[index].items():
+                q = self.quantized[name]
+                scales = q.scales.float() * self.factors[name]
+                if q.g_idx is None:
+                    n, groups = scales.shape
+                    grid = dequantize(q._replace(scales=torch.ones_like(q.scales)), self.spec)  # codes - zero
+                    weight = (grid.view(n, groups, -1) * scales[..., None]).view(n, -1)
+                else:
+                    weight = dequantize(q._replace(scales=scales), self.spec)
+                parameters[parameter] = weight.to(self.dtype)
+            return functional_call(self.blocks[index], parameters, args, kwargs)
+
+        return call
+
+    def update(self, index: int, rate: float, step: int) -> None:
+        """One step of Adam on the factors of a block, whose gradients are then dropped."""
+        for name in self.names[index].values():
+            factor, (first, second) = self.factors[name], self.moments[name]
+            if factor.grad is None:
+                continue
+            first.lerp_(factor.grad, 0.1)
+            second.lerp_(factor.grad.square(), 0.05)
+            move = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-12)
+            factor.data.sub_(rate * move).clamp_(min=0.1)
+            factor.grad = None
+
+    def rounded(self, scale_dtypes: tuple[torch.dtype, ...]) -> dict[str, torch.Tensor]:
+        """name -> [N, G] scales, at values that the checkpoint holds exactly."""
+        return {
+            n: round_scales(self.quantized[n].scales.float() * f.detach(), scale_dtypes).to(self.quantized[n].scales.dtype)
+            for n, f in self.factors.items()
+        }
+
+    def use(self, scales: dict[str, torch.Tensor]) -> None:
+        """Run with these scales, as they will be stored."""
+        self.factors = {n: scales[n].float() / self.quantized[n].scales.float() for n in self.factors}
