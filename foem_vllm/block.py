@@ -66,8 +66,9 @@ class BlockSolver:
             if last:
                 change = (linears[stage[0]].weight.float() - before).T
                 for b, (x, out) in enumerate(fed):
-                    moved = 0 if x is None else (x.float() @ change).view(out.shape)
-                    self.inputs.hidden[b] = (out.float() + moved).to(out.dtype)
+                    if x is not None:
+                        out = (out.float() + (x @ change.to(x.dtype)).view(out.shape)).to(out.dtype)
+                    self.inputs.hidden[b] = out
         for n, linear in linears.items():
             if n not in reached:
                 yield self._nearest(linear, prefix + n, ["no calibration token reached it: rounded to nearest"])

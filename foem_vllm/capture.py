@@ -11,6 +11,7 @@ from torch import nn
 from foem_vllm.errors import FoemError
 from foem_vllm.stream import StopForward
 
+GRAM_STEP = 128  # rows of a second moment that are computed together
 SUM_SHARE = 0.9  # of the elements must show a perturbation unchanged where a linear's output is found again
 
 
@@ -41,7 +42,7 @@ class Moments:
         residual stream [..., N] for g. weights: [tokens], how much each counts."""
         x = x.reshape(-1, x.shape[-1]).float()
         heavy = x if weights is None else x * weights[:, None]
-        self._h[fold].addmm_(heavy.T, x)
+        add_gram(self._h[fold], heavy, x)
         sums = self._d if self._g is None else self._g
         if sums is not None:
             sums[fold].addmm_(drift.reshape(len(x), -1).float().T, heavy)
@@ -60,12 +61,20 @@ class Moments:
         parts = list(range(len(self.counts))) if parts is None else parts
         tokens = sum(self.counts[i] for i in parts)
         found = [None if s is None else s[parts].sum(0) / max(tokens, 1) for s in (self._h, self._d, self._g)]
+        found[0] = found[0].triu() + found[0].triu(1).T
         if not all(t is None or torch.isfinite(t).all() for t in found):
             raise FoemError(
                 f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
                 "(is it run in the dtype it was trained in?)"
             )
         return Means(*found, tokens)
+
+
+def add_gram(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """sums [K, K] += a^T b where that is symmetric, a and b [T, K]: what lies above the diagonal, and some below it."""
+    step = max(GRAM_STEP, -(-a.shape[1] // 8))
+    for i in range(0, a.shape[1], step):
+        sums[i : i + step, i:].addmm_(a[:, i : i + step].T, b[:, i:])
 
 
 def find_stages(linears: dict[str, nn.Linear], run: Callable[[], object]) -> list[list[str]]:

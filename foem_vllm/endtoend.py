@@ -27,8 +27,8 @@ from foem_vllm.stream import BlockInputs, Weights, load_block
 CHUNK = 16  # batches whose block inputs are in memory at once: each costs one pass over the model's files
 SEQUENCES_A_STEP = 4
 HELD_OUT = 8  # one sequence in so many judges and is not tuned on
-LEARNING_RATE = 3e-3  # relative change of a scale a step
-PASSES = 2
+LEARNING_RATE = 5e-3  # relative change of a scale a step
+PASSES = 1
 
 
 class Head:

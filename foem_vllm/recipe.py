@@ -24,7 +24,7 @@ PLAIN = {
     "guided": False,
     "finetune_scales": False,
 }
-_FAST = {**PLAIN, "method": "gptq", "act_order": "group", "grid": "search", "refit": True}
+_FAST = {**PLAIN, "method": "gptq", "act_order": "static", "grid": "search", "refit": True}
 PRESETS = {
     "fast": _FAST,
     "balanced": {**_FAST, "correct": "auto"},
@@ -150,7 +150,7 @@ def resolve(config: QuantizeConfig) -> Recipe:
         )
         return Recipe(spec, None, (), 0.0, False, False, chosen["grid"], checkpoint_format, _tidy(stated))
     auto = tuple(name for name in ("alpha", "beta", "damping") if chosen[name] == AUTO)
-    if AUTO in (chosen["correct"], *auto) and config.samples < 2:
+    if (auto or chosen["correct"] == AUTO) and config.samples < 2:
         raise FoemError(f"--samples {config.samples}: choosing on held-out text needs at least 2 sequences")
     start = {"alpha": 0.0, "beta": 0.0, "damping": PLAIN["damping"]}
     start |= {name: chosen[name] for name in start if name not in auto}

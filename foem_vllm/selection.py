@@ -1,7 +1,8 @@
 """What a layer's calibration text decides about how the layer is solved: alpha, beta, damping, and how far to correct the target.
 
-In-sample loss always rises with beta and damping, so it cannot choose them. The text is divided into folds; what half of them
-suggests is judged on the others, then the halves change places (two-fold cross-validation). The score of Q = W + E is the layer's
+In-sample loss always rises with beta and damping, so it cannot choose them. The text is divided into folds; what all others
+suggest is judged on one, for each of them in turn (cross-validation: with half of the text left out it would ask for too much
+shrinkage). The score of Q = W + E is the layer's
 true objective on tokens that did not make it, up to a constant:
 
     |Y_fp - Q X_q|^2 / T = tr(E H E^T) - 2 tr(G E^T) + constant,  H = X_q^T X_q / T,  G = (Y_fp - W X_q)^T X_q / T
@@ -57,11 +58,11 @@ def merge(parts: list[Means]) -> Means:
     return Means(mean("h"), mean("d"), mean("g"), tokens)
 
 
-def halves(folds: list[Means]) -> list[tuple[list[Means], list[Means]]]:
+def splits(folds: list[Means]) -> list[tuple[list[Means], list[Means]]]:
     """[(what suggests, what judges)]; empty when there is only one fold."""
-    middle = (len(folds) + 1) // 2
-    first, second = folds[:middle], folds[middle:]
-    return [(first, second), (second, first)] if second else []
+    if len(folds) < 2:
+        return []
+    return [([f for f in folds if f is not out], [out]) for out in folds]
 
 
 def drift(W: torch.Tensor, means: Means) -> torch.Tensor | None:
@@ -87,7 +88,7 @@ def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float
     """
     if strength is None:
         toward = length = 0.0
-        for suggests, judges in halves(folds):
+        for suggests, judges in splits(folds):
             C, held = full_correction(W, merge(suggests), damping), merge(judges)
             toward += float((drift(W, held) * C).sum())
             length += float(((C @ held.h) * C).sum())
@@ -109,7 +110,7 @@ def choose(
 ) -> Choice:
     """alpha, beta and damping for W [N, K]; those not in `auto` stay as config has them. strength: of the target's correction.
 
-    Every combination in GRID is solved on one half of the folds and scored on the others. Among those whose score is within
+    Every combination in GRID is solved without one fold and scored on it, for each fold. Among those whose score is within
     one standard error (over held-out folds, of the paired difference) of the best, the one closest to plain GPTQ wins. With
     fewer than two folds, as when few tokens are routed to an expert, nothing is chosen.
     """
@@ -120,7 +121,7 @@ def choose(
     picked = torch.linspace(0, len(W) - 1, min(len(W), ROWS), device=W.device).round().long()
     rows = W[picked].to(folds[0].h)
     results = {c: [] for c in candidates}
-    for suggests, judges in halves(folds):
+    for suggests, judges in splits(folds):
         means = merge(suggests)
         means = means._replace(g=None if means.g is None else means.g[picked])
         held = [j._replace(g=None if j.g is None else j.g[picked]) for j in judges]

@@ -93,7 +93,6 @@ def test_refused(case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(reason="samples are only counted for --correct auto", strict=True)
 def test_one_sample_cannot_choose_beta():
     with pytest.raises(FoemError, match="--samples 1: choosing"):
         resolve(QuantizeConfig(method="foem", beta="auto", samples=1))

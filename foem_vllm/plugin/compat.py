@@ -3,6 +3,7 @@
 The first names are what registering needs. The others load on first use (`_LATER`), because they cost seconds and vLLM calls
 `register` in each of its processes, also in those that never build a model.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -43,8 +44,10 @@ def __getattr__(name: str):
     try:
         return getattr(importlib.import_module(_LATER[name]), name)
     except (ImportError, AttributeError) as error:
-        raise FoemError(f"vLLM {VERSION} has no {_LATER[name]}.{name} ({error}); install a version that foem-vllm is "
-                        "tested with: pip install 'foem-vllm[gpu]' or 'foem-vllm[cpu]'") from None
+        raise FoemError(
+            f"vLLM {VERSION} has no {_LATER[name]}.{name} ({error}); install a version that foem-vllm is "
+            "tested with: pip install 'foem-vllm[gpu]' or 'foem-vllm[cpu]'"
+        ) from None
 
 
 def hub_headers(model: str, revision: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:

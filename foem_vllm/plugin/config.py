@@ -3,6 +3,7 @@
 vLLM creates it from config.json, lets it look at the checkpoint (`maybe_update_config`) and then asks it for the method of
 every layer. The look at the checkpoint is where bad files are refused: before anything is loaded, by name.
 """
+
 from __future__ import annotations
 
 import logging
@@ -24,8 +25,10 @@ Headers = dict[str, tuple[str, tuple[int, ...]]]
 
 def check_bits(spec: QuantSpec, where: str) -> None:
     if spec.bits not in SERVED_BITS:
-        raise FoemError(f"{where}: {spec.bits}-bit weights are not served, only {' and '.join(map(str, SERVED_BITS))}-bit; "
-                        f"quantize again with --bits {SERVED_BITS[0]}")
+        raise FoemError(
+            f"{where}: {spec.bits}-bit weights are not served, only {' and '.join(map(str, SERVED_BITS))}-bit; "
+            f"quantize again with --bits {SERVED_BITS[0]}"
+        )
 
 
 def quantized_modules(headers: Headers, config: FormatConfig, where: str) -> dict[str, QuantSpec]:
@@ -40,8 +43,10 @@ def quantized_modules(headers: Headers, config: FormatConfig, where: str) -> dic
             continue
         spec = config.spec_for(module)
         if spec is None:
-            raise FoemError(f"{where}: a `dynamic` rule of config.json excludes {module}, but {tensor} is quantized; "
-                            "config.json belongs to other weights")
+            raise FoemError(
+                f"{where}: a `dynamic` rule of config.json excludes {module}, but {tensor} is quantized; "
+                "config.json belongs to other weights"
+            )
         check_bits(spec, f"{where}: {module}")
         packed = headers[tensor][1]
         k = headers[f"{module}.g_idx"][1][0] if f"{module}.g_idx" in headers else packed[0] * 32 // spec.bits
@@ -52,13 +57,17 @@ def quantized_modules(headers: Headers, config: FormatConfig, where: str) -> dic
                     continue
                 raise FoemError(f"{where}: {module}.{key} is missing; download or quantize the checkpoint again")
             if stored[1] != shape or (dtype is torch.int32 and stored[0] != "I32"):
-                raise FoemError(f"{where}: {module}.{key} is {stored[0]} {list(stored[1])}, but bits={spec.bits} and group_size="
-                                f"{spec.group_size} need {'I32' if dtype else 'floating point'} {list(shape)}; correct bits and "
-                                "group_size in config.json, or download the checkpoint again")
+                raise FoemError(
+                    f"{where}: {module}.{key} is {stored[0]} {list(stored[1])}, but bits={spec.bits} and group_size="
+                    f"{spec.group_size} need {'I32' if dtype else 'floating point'} {list(shape)}; correct bits and "
+                    "group_size in config.json, or download the checkpoint again"
+                )
         found[module] = spec
     if headers and not found:
-        raise FoemError(f"{where}: config.json says GPTQ, but no tensor is called *.qweight; serve it without --quantization, "
-                        "or quantize it with `foem quantize`")
+        raise FoemError(
+            f"{where}: config.json says GPTQ, but no tensor is called *.qweight; serve it without --quantization, "
+            "or quantize it with `foem quantize`"
+        )
     return found
 
 
@@ -142,19 +151,27 @@ class FoemConfig(compat.QuantizationConfig):
         else:
             specs = {shard: self.modules.get(shard) for shard in shards}
         if len(set(specs.values())) > 1:
-            said = ", ".join(f"{shard.rpartition('.')[2]} {'unquantized' if s is None else f'{s.bits}-bit group {s.group_size}'}"
-                             f"{'' if s is None else ' sym' if s.symmetric else ' asym'}" for shard, s in specs.items())
-            raise FoemError(f"{prefix}: vLLM fuses modules that the checkpoint quantizes differently ({said}); "
-                            "quantize again with one setting for all of them")
+            said = ", ".join(
+                f"{shard.rpartition('.')[2]} {'unquantized' if s is None else f'{s.bits}-bit group {s.group_size}'}"
+                f"{'' if s is None else ' sym' if s.symmetric else ' asym'}"
+                for shard, s in specs.items()
+            )
+            raise FoemError(
+                f"{prefix}: vLLM fuses modules that the checkpoint quantizes differently ({said}); "
+                "quantize again with one setting for all of them"
+            )
         return next(iter(specs.values()))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """See vLLM. None for layers that are no linear. Raises FoemError on mixture-of-experts layers with quantized experts."""
         from foem_vllm.plugin.linear import FoemLinearMethod
+
         if isinstance(layer, compat.RoutedExperts):
             if self.modules is None or any(name.startswith(f"{prefix}.") for name in self.modules):
-                raise FoemError(f"{prefix}: quantized mixture-of-experts layers are not supported by --quantization foem yet; "
-                                "serve this checkpoint with --quantization gptq")
+                raise FoemError(
+                    f"{prefix}: quantized mixture-of-experts layers are not supported by --quantization foem yet; "
+                    "serve this checkpoint with --quantization gptq"
+                )
             return compat.UnquantizedFusedMoEMethod(layer.moe_config)
         head = isinstance(layer, compat.ParallelLMHead)
         if not head and not isinstance(layer, compat.LinearBase):

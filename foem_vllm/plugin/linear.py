@@ -4,6 +4,7 @@ The parameters exist only while weights are loaded. Each has a loader of ours in
 of a tensor that is too large, keeps uninitialized memory for one that is missing, and overwrites the g_idx of one fused shard
 with that of the next, all in silence.
 """
+
 from __future__ import annotations
 
 import foem_kernels
@@ -26,11 +27,15 @@ def check_partition(name: str, spec: QuantSpec, k: int, k_rank: int, parts: list
     fewer = "use a smaller --tensor-parallel-size"
     if k_rank != k:
         if spec.desc_act:
-            raise FoemError(f"{name}: activation order (desc_act) spreads groups over all {k} inputs, which cannot be split "
-                            f"over ranks; {fewer}, or quantize again with --act-order static")
+            raise FoemError(
+                f"{name}: activation order (desc_act) spreads groups over all {k} inputs, which cannot be split "
+                f"over ranks; {fewer}, or quantize again with --act-order static"
+            )
         if k_rank % codes or (spec.group_size != -1 and k_rank % spec.group_size):
-            raise FoemError(f"{name}: {k_rank} inputs per rank are not a multiple of group_size={spec.group_size} and of "
-                            f"the {codes} codes of a word; {fewer}, or quantize again with a smaller --group-size")
+            raise FoemError(
+                f"{name}: {k_rank} inputs per rank are not a multiple of group_size={spec.group_size} and of "
+                f"the {codes} codes of a word; {fewer}, or quantize again with a smaller --group-size"
+            )
     if sharded or len(parts) > 1:
         for part in parts:
             if part % codes:
@@ -59,12 +64,14 @@ def load_head(param: torch.nn.Parameter, loaded: torch.Tensor, layer: torch.nn.M
     """
     start, stop = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
     if start % codes or stop % codes:
-        raise FoemError(f"lm_head: the vocabulary is cut at {start}..{stop}, not at a multiple of the {codes} zero points "
-                        "of a word; use --tensor-parallel-size 1, or quantize again without lm_head")
+        raise FoemError(
+            f"lm_head: the vocabulary is cut at {start}..{stop}, not at a multiple of the {codes} zero points "
+            "of a word; use --tensor-parallel-size 1, or quantize again without lm_head"
+        )
     if getattr(param, "packed_dim", 0) == 1:
         start, stop = start // codes, stop // codes
     param.data[:, : stop - start] = loaded[:, start:stop]
-    param.data[:, stop - start:] = loaded[:, stop - 1: stop]
+    param.data[:, stop - start :] = loaded[:, stop - 1 : stop]
 
 
 @compat.register_weight_loader_v2_supported_method
@@ -74,8 +81,16 @@ class FoemLinearMethod(compat.LinearMethodBase):
     def __init__(self, spec: QuantSpec, checkpoint_format: str, name: str):
         self.spec, self.checkpoint_format, self.name = spec, checkpoint_format, name
 
-    def create_weights(self, layer, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-                       output_size: int, params_dtype: torch.dtype, **extra):
+    def create_weights(
+        self,
+        layer,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra,
+    ):
         """See vLLM. Scales wait in float32, whatever the checkpoint holds: the model's dtype would round them."""
         spec, parts, k = self.spec, output_partition_sizes, input_size_per_partition
         self.ranks = output_size // sum(parts)
@@ -102,24 +117,30 @@ class FoemLinearMethod(compat.LinearMethodBase):
 
     def loader(self, layer, key: str, load):
         """vLLM's loader `load` behind a check of the tensor; notes what was loaded."""
+
         def checked(param, loaded: torch.Tensor, shard=None, **kwargs):
             shard = kwargs.pop("loaded_shard_id", shard)
             where = f"{self.name}.{key}" + ("" if shard is None else f" (shard {shard})")
             outputs = shard_outputs(layer, self.parts, self.ranks, shard)
             shape, dtype = stored_shapes(self.spec, self.input_size, outputs)[key]
             if tuple(loaded.shape) != shape or (loaded.dtype != dtype if dtype else not loaded.is_floating_point()):
-                raise FoemError(f"{where} is {loaded.dtype} {list(loaded.shape)} in the checkpoint, but the model's config.json "
-                                f"makes it {dtype or 'floating point'} {list(shape)}; config.json and weights are of "
-                                "different models")
+                raise FoemError(
+                    f"{where} is {loaded.dtype} {list(loaded.shape)} in the checkpoint, but the model's config.json "
+                    f"makes it {dtype or 'floating point'} {list(shape)}; config.json and weights are of "
+                    "different models"
+                )
             before = param.data.clone() if key == "g_idx" and self.seen[key] else None
             if key != "g_idx" and hasattr(layer, "shard_indices"):
                 load_head(param, loaded, layer, 32 // self.spec.bits)
             else:
                 load(param, loaded, *(() if shard is None else (shard,)), **kwargs)
             if before is not None and not torch.equal(before, param.data):
-                raise FoemError(f"{where} differs from that of the modules it is fused with; their activation orders must be "
-                                "the same, quantize again with --act-order static or none")
+                raise FoemError(
+                    f"{where} differs from that of the modules it is fused with; their activation orders must be "
+                    "the same, quantize again with --act-order static or none"
+                )
             self.seen[key].update(range(len(self.parts)) if shard is None else shard if isinstance(shard, tuple) else (shard,))
+
         return checked
 
     def tensors(self, layer) -> dict[str, torch.Tensor]:
@@ -127,8 +148,10 @@ class FoemLinearMethod(compat.LinearMethodBase):
         needed = [key for key in TENSORS if key != "g_idx" or self.spec.desc_act or self.seen[key]]
         for key in needed:
             if len(self.seen[key]) != len(self.parts):
-                raise FoemError(f"{self.name}.{key} was not loaded: it is missing from the checkpoint, or it has another "
-                                "name there; download or quantize the checkpoint again")
+                raise FoemError(
+                    f"{self.name}.{key} was not loaded: it is missing from the checkpoint, or it has another "
+                    "name there; download or quantize the checkpoint again"
+                )
         found = {key: getattr(layer, key).data for key in needed}
         if "g_idx" in found and self.k != self.input_size and self.spec.group_size != -1:
             found["g_idx"] = found["g_idx"] - layer.tp_rank * (self.k // self.spec.group_size)
@@ -140,8 +163,9 @@ class FoemLinearMethod(compat.LinearMethodBase):
         q = unpack(tensors, self.spec, self.checkpoint_format, self.name, self.k)
         device = tensors["qweight"].device
         try:
-            layer.foem = foem_kernels.prepare(*q, bits=self.spec.bits, group_size=self.spec.group_size, dtype=self.dtype,
-                                              device=device)
+            layer.foem = foem_kernels.prepare(
+                *q, bits=self.spec.bits, group_size=self.spec.group_size, dtype=self.dtype, device=device
+            )
         except ValueError as error:
             raise FoemError(f"{self.name}: {error}") from None
         for key in TENSORS:
