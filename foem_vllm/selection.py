@@ -62,7 +62,7 @@ def splits(folds: list[Means]) -> list[tuple[list[Means], list[Means]]]:
     """[(what suggests, what judges)]; empty when there is only one fold."""
     if len(folds) < 2:
         return []
-    return [([f for f in folds if f is not out], [out]) for out in folds]
+    return [(folds[:i] + folds[i + 1 :], [folds[i]]) for i in range(len(folds))]
 
 
 def drift(W: torch.Tensor, means: Means) -> torch.Tensor | None:

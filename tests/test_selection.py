@@ -1,5 +1,6 @@
 """Target and settings that held-out text decides: against float64 least squares and brute force on the raw data."""
 
+import copy
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from foem_vllm import selection
 from foem_vllm.capture import Means
 from foem_vllm.format import QuantSpec, dequantize
-from foem_vllm.selection import choose, correct, full_correction, splits, merge, score
+from foem_vllm.selection import choose, correct, full_correction, merge, score, splits
 from foem_vllm.solver import SolverConfig, solve
 
 K, N = 24, 6
@@ -34,6 +35,12 @@ class Text:
         g = (self.y[begin:end] - x @ self.W.T).T @ x / t if self.kind == "g" else None
         return Means(x.T @ x / t, d, g, t)
 
+    def without(self, begin, end):
+        """The same data with the tokens begin .. end left out."""
+        rest = copy.copy(self)
+        rest.x, rest.x_fp, rest.y = (torch.cat([t[:begin], t[end:]]) for t in (self.x, self.x_fp, self.y))
+        return rest
+
     def folds(self, *edges):
         return [self.part(a, b) for a, b in itertools.pairwise((0, *edges, len(self.x)))]
 
@@ -56,9 +63,10 @@ def test_merge_equals_moments_of_all_tokens(kind):
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-12)
 
 
-def test_halves_judge_each_other_and_need_two_folds():
-    assert splits("abcd") == [("ab", "cd"), ("cd", "ab")]
-    assert splits("abc") == [("ab", "c"), ("c", "ab")]
+def test_every_fold_is_judge_once_and_two_are_needed():
+    a, b, c = object(), object(), object()
+    assert splits([a, b, c]) == [([b, c], [a]), ([a, c], [b]), ([a, b], [c])]
+    assert splits([a, b]) == [([b], [a]), ([a], [b])]
     assert splits(["a"]) == [] and splits([]) == []
 
 
@@ -74,7 +82,7 @@ def test_full_correction_is_ridge_least_squares(kind, tokens, damping):
 
 @pytest.mark.parametrize("kind", ["g", "d"])
 def test_strength_is_fitted_on_what_did_not_make_the_correction(kind):
-    """alpha* = <y - W x, C x> / |C x|^2 over held-out tokens, each half of the folds once the judge, on unequal folds."""
+    """alpha* = <y - W x, C x> / |C x|^2 over held-out tokens, each of two unequal folds once the judge."""
     text = Text(120, noise=0.6, kind=kind)
     up = down = 0.0
     for made, judged in (((0, 70), (70, 120)), ((70, 120), (0, 70))):
@@ -83,7 +91,7 @@ def test_strength_is_fitted_on_what_did_not_make_the_correction(kind):
         up += float(((text.y[slice(*judged)] - x @ text.W.T) * (x @ C.T)).sum(1).mean())
         down += float((x @ C.T).square().sum(1).mean())
     assert 0.05 < up / down < 0.95  # the clamp is not what is tested here
-    found = correct(text.W, text.folds(30, 70, 100), 0.05)
+    found = correct(text.W, text.folds(70), 0.05)
     assert found.strength == pytest.approx(up / down, abs=1e-9)
     assert torch.allclose(found.target, text.W + up / down * ridge_least_squares(text, 0, 120, 0.05), atol=1e-9)
 
@@ -138,20 +146,19 @@ SPEC = QuantSpec(3, 8)
 def by_brute_force(text, edges, spec, config, auto, strength=0.0):
     """(chosen, best, {candidate: score and error against plain GPTQ}): the documented rule, on raw tokens."""
     edges = [0, *edges, len(text.x)]
-    middle = len(edges) // 2
     grid = [selection.GRID[n] if n in auto else (getattr(config, n),) for n in ("alpha", "beta", "damping")]
-    ranges = list(itertools.pairwise(edges))
     table = {}
     for c in itertools.product(*grid):
         values = []
-        for made, judged in (((0, edges[middle]), ranges[middle:]), ((edges[middle], edges[-1]), ranges[:middle])):
-            means = text.part(*made)
-            target = text.W + strength * ridge_least_squares(text, *made, config.damping) if strength else text.W
+        for a, b in itertools.pairwise(edges):
+            made = text.without(a, b)
+            everything = 0, len(made.x)
+            means = made.part(*everything)
+            target = text.W + strength * ridge_least_squares(made, *everything, config.damping) if strength else text.W
             each = SolverConfig(c[0], c[1], c[2], config.form, config.grid, config.refit)
             Q = dequantize(solve(text.W, means.h, spec, each, means.d, target).quantized, spec).double()
-            for a, b in judged:
-                x, y = text.x[a:b], text.y[a:b]
-                values.append(float(((y - x @ Q.T).square() - (y - x @ text.W.T).square()).mean()))
+            x, y = text.x[a:b], text.y[a:b]
+            values.append(float(((y - x @ Q.T).square() - (y - x @ text.W.T).square()).mean()))
         table[c] = torch.tensor(values, dtype=torch.float64)
     plain = (0.0, 0.0, 0.05)
     first = min(table, key=lambda c: sum(a != b for a, b in zip(c, plain)))
