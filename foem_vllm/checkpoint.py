@@ -235,7 +235,8 @@ def describe(folder: pathlib.Path) -> dict:
         raise FoemError(f"{folder}: no such folder")
     config, weights = read_config(folder), Weights(folder)
     report = folder / REPORT_FILE
-    layers = json.loads(report.read_text("utf-8"))["layers"] if report.is_file() else []
+    reported = json.loads(report.read_text("utf-8")) if report.is_file() else {}
+    layers = reported.get("layers", [])
     known = {layer["name"] for layer in layers}
     for module in quantized_modules(weights.files):
         if module not in known:
@@ -255,5 +256,7 @@ def describe(folder: pathlib.Path) -> dict:
         **storage(folder),
         "checkpoint_format": config.checkpoint_format,
         "recipe": (config.meta or {}).get("foem", {}),
+        "by_kind": reported.get("by_kind", {}),
+        "tuning": reported.get("tuning"),
         "layers": layers,
     }

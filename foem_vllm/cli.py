@@ -215,7 +215,7 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint: format, layers, their errors, bits per weight, size."""
     from foem_vllm.checkpoint import describe
-    from foem_vllm.report import layer_table
+    from foem_vllm.report import kind_table, layer_table
 
     content = describe(folder)
     if as_json:
@@ -231,6 +231,11 @@ def inspect(
     )
     if content["recipe"]:
         console.print("recipe: " + ", ".join(f"{k}={v}" for k, v in content["recipe"].items() if k != "sha256"), soft_wrap=True)
+    if content["tuning"]:
+        before, after = content["tuning"]["held_out_kl_before"], content["tuning"]["held_out_kl_after"]
+        console.print(f"scales tuned: KL to the original on held-out calibration text {before:.5f} -> {after:.5f} nats a token")
+    if content["by_kind"]:
+        console.print(kind_table(content["by_kind"]))
     console.print(layer_table(content["layers"], "layers"))
 
 

@@ -59,9 +59,59 @@ class Report:
             "environment": environment,
             "seconds": self.seconds,
             "tuning": self.tuning,
+            "by_kind": by_kind(self.layers),
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
         }
+
+
+def by_kind(layers: list[LayerResult]) -> dict[str, dict]:
+    """Per kind of linear (last two parts of its name, such as mlp.up_proj): how many there are, their mean relative error and
+    strength of correction, and how often each alpha, beta and damping was chosen on held-out text, with the mean gain."""
+    kinds: dict[str, list[LayerResult]] = {}
+    for layer in layers:
+        kinds.setdefault(".".join(layer.name.split(".")[-2:]), []).append(layer)
+
+    def mean(values):
+        values = [v for v in values if v is not None]
+        return sum(values) / len(values) if values else None
+
+    table = {}
+    for kind, members in kinds.items():
+        chosen = [m.chosen for m in members if m.chosen]
+        table[kind] = {
+            "linears": len(members),
+            "relative": mean(m.relative for m in members),
+            "correction": mean(m.correction for m in members),
+        }
+        if chosen:
+            table[kind]["gain"] = mean(c["gain"] for c in chosen)
+            for name in ("alpha", "beta", "damping"):
+                values = [c[name] for c in chosen]
+                table[kind][name] = {f"{v:g}": values.count(v) for v in sorted(set(values))}
+    return table
+
+
+def kind_table(kinds: dict[str, dict]):
+    """A rich table of `by_kind`."""
+    from rich.table import Table
+
+    table = Table(title="by kind of linear: what was chosen on held-out calibration text (value x times)", title_justify="left")
+    for column in ("kind", "linears", "relative error", "correction", "alpha", "beta", "damping", "held-out gain"):
+        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
+    for kind, row in kinds.items():
+        counts = [", ".join(f"{v} x {n}" for v, n in row.get(name, {"-": 0}).items()) for name in ("alpha", "beta", "damping")]
+        counts = ["-" if c == "- x 0" else c for c in counts]
+        relative, correction, gain = (row.get(name) for name in ("relative", "correction", "gain"))
+        table.add_row(
+            kind,
+            str(row["linears"]),
+            "-" if relative is None else f"{relative:.2e}",
+            "-" if correction is None else f"{correction:.2f}",
+            *counts,
+            "-" if gain is None else f"{gain:.1%}",
+        )
+    return table
 
 
 def layer_table(layers: list[dict], title: str):

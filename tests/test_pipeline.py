@@ -162,6 +162,24 @@ def test_same_seed_same_bytes_and_random_state_untouched(llama, tmp_path):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_report_is_grouped_by_kind_of_linear(llama, tmp_path):
+    report = quantize(llama, tmp_path / "out", QuantizeConfig(**{**SMALL, "method": "gptq", "beta": "auto", "damping": "auto"}))
+    kinds = json.loads((tmp_path / "out/foem_report.json").read_text())["by_kind"]
+    assert set(kinds) == {".".join(layer.name.split(".")[-2:]) for layer in report.layers}
+    down = [layer for layer in report.layers if layer.name.endswith("mlp.down_proj")]
+    row = kinds["mlp.down_proj"]
+    assert row["linears"] == len(down) == 2 and row["relative"] == pytest.approx(sum(layer.relative for layer in down) / 2)
+    for name in ("beta", "damping"):
+        assert sum(row[name].values()) == 2 and all(f"{layer.chosen[name]:g}" in row[name] for layer in down)
+    shown = subprocess.run(
+        [sys.executable, "-m", "foem_vllm.cli", "inspect", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert "by kind of linear" in shown.stdout and "mlp.down_proj" in shown.stdout
+
+
 def test_sharded_input_and_output(llama, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     model.save_pretrained(tmp_path / "model", max_shard_size="300KB")
