@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check train-tinylm peers-compare peers-time
+.PHONY: help setup demo test lint gpu-check train-tinylm peers-compare peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,3 +32,10 @@ peers-compare: setup ## our solver and GPTQModel's on the same moments (installs
 
 peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
 	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)
+
+peers-quality: setup ## KL beside GPTQModel and AutoRound on both small models, three seeds (two hours; continues where it stopped)
+	for m in qwen3 llama; do $(RUN) -m foem_vllm.cli compare eval/tinylm/$$m --out out/compare-$$m --peers-folder out/peers \
+	  --evaluation eval/tinylm/data/evaluation.jsonl --split test --sequences 64 --calibration eval/tinylm/data/calibration.jsonl \
+	  --samples 128 --seq-len 256 --bits 3,4 --seeds 0,1,2 --baseline balanced $(ARGS) \
+	  --methods rtn,gptq,gptq:beta=auto,fast,balanced,best,gptqmodel:gptq,gptqmodel:gptaq,gptqmodel:foem,gptqmodel:foem+gptaq,autoround; \
+	done

@@ -20,9 +20,11 @@ from rich.progress import track
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "eval/tinylm/data"
-# Plain rounding is the baseline; the others with what costs nothing in serving: group-aware order and a searched grid.
+# Plain rounding is the baseline; the papers' methods with what costs nothing in serving: group-aware order and a searched grid;
+# and what `foem quantize` does by itself.
 FREE = ("--act-order", "group", "--grid", "search")
-METHODS = {"rtn": (), "gptq": FREE, "foem": FREE}
+METHODS = {"rtn": ("--method", "rtn"), "gptq": ("--method", "gptq", *FREE), "foem": ("--method", "foem", *FREE),
+           "balanced": ("--preset", "balanced")}
 CONTEXT = 512  # tinylm's; perplexities of different contexts do not compare
 SEQUENCES = 64  # of CONTEXT tokens, for the KL: its standard error is then about 1 % of it
 NAME = "tinylm-foem"
@@ -42,13 +44,13 @@ def quantize(model: pathlib.Path, out: pathlib.Path) -> dict[str, float]:
     seconds = {}
     for method, options in METHODS.items():
         shutil.rmtree(out / method, ignore_errors=True)
-        command = [processes.tool("foem"), "quantize", str(model), str(out / method), "--method", method, "--calibration",
+        command = [processes.tool("foem"), "quantize", str(model), str(out / method), "--calibration",
                    str(DATA / "calibration.jsonl"), "--samples", "128", "--seq-len", "256", "--seed", "0", "--quiet", *options]
         start = time.monotonic()
-        with console.status(f"foem quantize --method {method}"):
+        with console.status(f"foem quantize {' '.join(options)}"):
             processes.run(command, out / "quantize.log")
         seconds[method] = time.monotonic() - start
-        console.print(f"  {method:5} {seconds[method]:5.1f} s  {out / method}")
+        console.print(f"  {method:8} {seconds[method]:5.1f} s  {out / method}")
     return seconds
 
 
@@ -114,26 +116,26 @@ def main() -> None:
     for log in out.glob("*.log"):
         log.unlink()
     try:
-        step(1, f"Quantize {args.model.name} to INT4: round to nearest; GPTQ and FOEM with {' '.join(FREE)}")
+        step(1, f"Quantize {args.model.name} to INT4: round to nearest; GPTQ and FOEM with {' '.join(FREE)}; preset balanced")
         seconds = quantize(args.model, out)
 
-        step(2, "Serve the FOEM checkpoint: vllm serve --quantization foem")
+        step(2, "Serve the last checkpoint: vllm serve --quantization foem")
         arguments = ["--quantization", "foem", "--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--enforce-eager",
                      "--served-model-name", NAME]
         with contextlib.ExitStack() as stack:
             with console.status("starting vLLM (up to a minute)"):
-                base_url = stack.enter_context(processes.vllm_server(str(out / "foem"), out / "serve.log", *arguments))
+                base_url = stack.enter_context(processes.vllm_server(str(out / "balanced"), out / "serve.log", *arguments))
             step(3, f"Ask it at {base_url} with the openai client")
             answers = ask(base_url)
 
-        step(4, "Measure with lm-eval on vLLM: bf16, RTN, GPTQ, FOEM")
+        step(4, "Measure with lm-eval on vLLM: bf16 and the four checkpoints")
         rows = []
         for label, folder in (("bf16", args.model), *((m, out / m) for m in METHODS)):
             with console.status(f"lm-eval --model vllm --tasks tinylm: {label}"):
                 row, = evaluate([folder], "tinylm", max_model_len=CONTEXT, limit=args.limit, log=out / f"lm-eval-{label}.log",
                                 storage=lambda m: storage(pathlib.Path(m)))
             rows.append({"label": label.upper() if label != "bf16" else label, **row, "quantize_seconds": seconds.get(label)})
-            console.print(f"  {label:5} {row['seconds']:5.1f} s  word perplexity {row['tinylm/word_perplexity']:.3f}")
+            console.print(f"  {label:8} {row['seconds']:5.1f} s  word perplexity {row['tinylm/word_perplexity']:.3f}")
 
         step(5, "Divergence from the original, with transformers and dequantized weights")
         for row, values in zip(rows, divergences(args.model, out).values()):
