@@ -38,7 +38,7 @@ class BlockSolver:
     ):
         self.recipe, self.scale_dtypes, self.inputs, self.original = recipe, scale_dtypes, inputs, original
         self.guidance = guidance
-        self.folds = selection.FOLDS if recipe.auto or recipe.correct is None else 1
+        self.folds = selection.FOLDS if recipe.auto or recipe.correct is None or (recipe.solver and recipe.solver.descent) else 1
         self._places: dict[tuple, str | None] = {}
 
     def solve(
@@ -88,6 +88,8 @@ class BlockSolver:
         if recipe.auto:
             choice = selection.choose(stacked, moments.folds(), spec, solver, recipe.auto, strength)
             solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
+        if solver.descent and not selection.descent_helps(stacked, moments.folds(), spec, solver, strength):
+            solver = replace(solver, descent=False)
         solved = solve(stacked, means.h, spec, solver, means.d, target)
         after = dequantize(solved.quantized, spec)
         row = 0
@@ -98,6 +100,7 @@ class BlockSolver:
             result.loss = layer_loss(after[rows] - target[rows], means.h)
             result.relative = result.loss / max(layer_loss(stacked[rows], means.h), 1e-30)
             result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
+            result.descent = solver.descent if recipe.solver.descent else None
             result.chosen = None if choice is None else asdict(choice)
             linear.weight.data.copy_(after[rows])
             yield result, Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))

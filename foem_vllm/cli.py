@@ -110,6 +110,14 @@ def quantize(
         bool | None,
         typer.Option("--refit/--no-refit", help="Scales once more when all codes are known.", rich_help_panel="Method"),
     ] = None,
+    descent: Annotated[
+        bool | None,
+        typer.Option(
+            "--descent/--no-descent",
+            help="Codes once more, one step at a time, in layers where held-out text agrees.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     correct: Annotated[
         float | None,
         typer.Option(
@@ -187,6 +195,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         preset=preset,
         refit=refit,
+        descent=descent,
         correct=correct,
         guided=guided,
         finetune_scales=finetune_scales,

@@ -20,6 +20,7 @@ PLAIN = {
     "damping": 0.05,
     "grid": "minmax",
     "refit": False,
+    "descent": False,
     "correct": 0.0,
     "guided": False,
     "finetune_scales": False,
@@ -27,8 +28,8 @@ PLAIN = {
 _FAST = {**PLAIN, "method": "gptq", "act_order": "static", "grid": "search", "refit": True}
 PRESETS = {
     "fast": _FAST,
-    "balanced": {**_FAST, "correct": "auto"},
-    "best": {**_FAST, "correct": "auto", "guided": True, "finetune_scales": True},
+    "balanced": {**_FAST, "descent": True, "correct": "auto"},
+    "best": {**_FAST, "descent": True, "correct": "auto", "guided": True, "finetune_scales": True},
 }
 DEFAULT_PRESET = "balanced"
 AUTO = "auto"
@@ -40,7 +41,7 @@ class QuantizeConfig:
 
     preset: one of PRESETS, the default when method is None too; method: one of METHODS. The next ones are None for what the
     preset or method says. alpha, beta, damping: numbers or "auto", chosen per layer on held-out calibration text (selection).
-    form: of the first-order term; act_order, grid, refit: see QuantSpec and SolverConfig. correct: strength of the corrected
+    form: of the first-order term; act_order, grid, refit, descent: see QuantSpec and SolverConfig. correct: strength of the corrected
     target, 0 to 1 or "auto". guided: tokens weighted by the task loss; finetune_scales: scales tuned end to end (endtoend).
 
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
@@ -70,6 +71,7 @@ class QuantizeConfig:
     trust_remote_code: bool = False
     preset: str | None = None
     refit: bool | None = None
+    descent: bool | None = None
     correct: float | str | None = None
     guided: bool | None = None
     finetune_scales: bool | None = None
@@ -122,7 +124,7 @@ def resolve(config: QuantizeConfig) -> Recipe:
         raise FoemError(f"--grid {chosen['grid']} is unknown; choose one of {', '.join(GRIDS)}")
     if terms is None:
         options = {"act_order": "--act-order", "damping": "--damp", "finetune_scales": "--finetune-scales"}
-        for name in ("act_order", "refit", "correct", "damping", "guided", "finetune_scales"):
+        for name in ("act_order", "refit", "descent", "correct", "damping", "guided", "finetune_scales"):
             option = options.get(name, f"--{name}")
             if getattr(config, name) not in (None, PLAIN[name]):
                 raise FoemError(f"{option} has no meaning for --method rtn, which rounds every weight by itself; leave it away")
@@ -146,7 +148,19 @@ def resolve(config: QuantizeConfig) -> Recipe:
     stated = {**asdict(config), "preset": preset, **chosen}
     if terms is None:
         stated |= dict.fromkeys(
-            ("damping", "form", "calibration", "samples", "seq_len", "seed", "refit", "correct", "guided", "finetune_scales")
+            (
+                "damping",
+                "form",
+                "calibration",
+                "samples",
+                "seq_len",
+                "seed",
+                "refit",
+                "descent",
+                "correct",
+                "guided",
+                "finetune_scales",
+            )
         )
         return Recipe(spec, None, (), 0.0, False, False, chosen["grid"], checkpoint_format, _tidy(stated))
     auto = tuple(name for name in ("alpha", "beta", "damping") if chosen[name] == AUTO)
@@ -154,7 +168,9 @@ def resolve(config: QuantizeConfig) -> Recipe:
         raise FoemError(f"--samples {config.samples}: choosing on held-out text needs at least 2 sequences")
     start = {"alpha": 0.0, "beta": 0.0, "damping": PLAIN["damping"]}
     start |= {name: chosen[name] for name in start if name not in auto}
-    solver = SolverConfig(**start, form=config.form, grid=chosen["grid"], refit=bool(chosen["refit"]))
+    solver = SolverConfig(
+        **start, form=config.form, grid=chosen["grid"], refit=bool(chosen["refit"]), descent=bool(chosen["descent"])
+    )
     correct = None if chosen["correct"] == AUTO else float(chosen["correct"])
     guided, tuned = bool(chosen["guided"]), bool(chosen["finetune_scales"])
     return Recipe(spec, solver, auto, correct, guided, tuned, chosen["grid"], checkpoint_format, _tidy(stated))

@@ -14,7 +14,8 @@ REPORT_FILE = "foem_report.json"
 @dataclass
 class LayerResult:
     """One quantized linear [n, k]. loss: tr(E H E^T) / N a calibration token, E = Q - target. relative: over the output's power.
-    correction: strength of the corrected target, 0 to 1. chosen: what was chosen on held-out text, and why (selection.Choice)."""
+    correction: strength of the corrected target, 0 to 1. chosen: what was chosen on held-out text, and why (selection.Choice).
+    descent: whether its codes were moved once more, None when not asked for."""
 
     name: str
     n: int
@@ -28,6 +29,7 @@ class LayerResult:
     notes: list[str] = field(default_factory=list)
     correction: float | None = None
     chosen: dict | None = None
+    descent: bool | None = None
 
 
 @dataclass

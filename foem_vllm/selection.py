@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 
 from foem_vllm.capture import Means
+from foem_vllm.descent import descend
 from foem_vllm.format import QuantSpec, dequantize
+from foem_vllm.grid import refit_scales
 from foem_vllm.solver import SolverConfig, solve
 
 FOLDS = 4
@@ -146,6 +148,22 @@ def choose(
         against = (table[c] - plain) / unit
         scores.append({**dict(zip(PLAIN, c)), "score": float(against.mean()), "error": float(standard_error(against))})
     return Choice(*chosen, gain=float((plain - table[chosen]).mean() / unit), scores=scores)
+
+
+def descent_helps(W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: SolverConfig, strength: float = 0.0) -> bool:
+    """Whether coordinate descent on the codes of W [N, K] lowers the score on a fold that it has not seen (the last one)."""
+    if len(folds) < 2:
+        return False
+    picked = torch.linspace(0, len(W) - 1, min(len(W), ROWS), device=W.device).round().long()
+    rows = W[picked].to(folds[0].h)
+    means, held = (m._replace(g=None if m.g is None else m.g[picked]) for m in (merge(folds[:-1]), folds[-1]))
+    target = correct(rows, [means], config.damping, strength).target if strength else rows
+    without = solve(rows, means.h, spec, replace(config, descent=False), means.d, target).quantized
+    moved, _ = descend(without, spec, target, means.h)
+    if config.refit:
+        moved = refit_scales(moved, spec, target, means.h, config.scale_dtypes)
+    before, after = (score(dequantize(q, spec).to(rows) - rows, rows, held).sum() for q in (without, moved))
+    return bool(after < before)
 
 
 def standard_error(differences: torch.Tensor) -> torch.Tensor:

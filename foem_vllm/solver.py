@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from foem_vllm.descent import descend
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, refit_scales, to_codes
@@ -40,7 +41,8 @@ MAX_DAMPING = 1.0
 class SolverConfig:
     """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold while the
     factorization fails, and beyond 1 the diagonal of H is used alone. grid: "minmax", or "search" weighted by the diagonal of
-    H. refit: scales once more in closed form when all codes are known. block_size: columns updated together (speed only)."""
+    H. refit: scales once more in closed form when all codes are known. descent: codes
+    once more, one step at a time. block_size: columns updated together (speed only)."""
 
     alpha: float = 0.0
     beta: float = 0.0
@@ -48,6 +50,7 @@ class SolverConfig:
     form: str = "published"
     grid: str = "minmax"
     refit: bool = False
+    descent: bool = False
     block_size: int = 128
     scale_dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
 
@@ -222,6 +225,8 @@ def solve(
         None if spec.symmetric else zeros.T.contiguous().to(torch.uint8),
         g_idx,
     )
+    if config.descent:
+        quantized, _ = descend(quantized, spec, aim, H)
     if config.refit:
         quantized = refit_scales(quantized, spec, aim, H, config.scale_dtypes)
     loss = layer_loss(dequantize(quantized, spec).to(dtype) - aim, H)

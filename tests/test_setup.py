@@ -15,9 +15,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foem_kernels", "foem_eval": ROOT / "eval/foem_eval"}
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
-ORDER = ["errors", "integrity", "format", "grid", "solver", "stream", "capture", "selection", "calibration", "recipe", "models",
-         "report", "checkpoint", "block", "endtoend", "pipeline", "analysis_report", "analyze", "cli"]
-PURE = {"format": {"errors"}, "grid": {"errors", "format"}, "solver": {"errors", "format", "grid"}}
+ORDER = ["errors", "integrity", "format", "grid", "descent", "solver", "stream", "capture", "selection", "calibration", "recipe",
+         "models", "report", "checkpoint", "block", "endtoend", "pipeline", "analysis_report", "analyze", "cli"]
+PURE = {"format": {"errors"}, "grid": {"errors", "format"}, "descent": {"format"},
+        "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
 PLUGIN_MAY = {"foem_vllm.format", "foem_vllm.integrity", "foem_vllm.errors", "foem_vllm.plugin", "foem_vllm", "foem_kernels"}
 
