@@ -23,6 +23,8 @@ from foem_vllm.report import LayerResult
 from foem_vllm.solver import layer_loss, solve
 from foem_vllm.stream import BlockInputs
 
+KEPT_BYTES = 2 << 30  # of inputs of the last linear; beyond it the block is run once more instead
+
 
 class BlockSolver:
     """inputs: the hidden states before the block in the quantized model, original: in the original one; both are advanced to the
@@ -57,7 +59,7 @@ class BlockSolver:
         reached: set[str] = set()
         for stage in stages:
             # Where the last linear ends in the block's output, that output need not be computed again to be carried on.
-            last = stage is stages[-1] and places.get(stage[0]) == ""
+            last = stage is stages[-1] and places.get(stage[0]) == "" and self._can_keep(linears[stage[0]])
             moments, fed = self._collect(index, block, prefix, stage, places.get(stage[0]), shown, last)
             before = linears[stage[0]].weight.to(torch.float32, copy=True) if last else None
             if moments.tokens:
@@ -114,6 +116,12 @@ class BlockSolver:
     def _result(self, linear: nn.Linear, name: str, notes: list[str]) -> LayerResult:
         n, k = linear.weight.shape
         return LayerResult(name, n, k, self.recipe.spec.bits, self.recipe.spec.group_size, notes=notes)
+
+    def _can_keep(self, linear: nn.Linear) -> bool:
+        """Whether there is room for what feeds the linear over the whole text."""
+        hidden = self.inputs.hidden
+        tokens = sum(h.shape[:-1].numel() for h in hidden)
+        return tokens * linear.in_features * hidden[0].element_size() <= KEPT_BYTES
 
     def _place(self, block: nn.Module, name: str, run) -> str | None:
         """capture.find_sum, once for all blocks built alike."""

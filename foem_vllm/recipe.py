@@ -42,7 +42,7 @@ class QuantizeConfig:
     preset: one of PRESETS, the default when method is None too; method: one of METHODS. The next ones are None for what the
     preset or method says. alpha, beta, damping: numbers or "auto", chosen per layer on held-out calibration text (selection).
     form: of the first-order term. act_order, grid, refit, descent: see QuantSpec and SolverConfig. correct: strength of the
-    corrected target, 0 to 1 or "auto". guided: tokens weighted by the task loss; finetune_scales: scales tuned end to end (endtoend).
+    corrected target, 0 to 1 or "auto". guided: tokens weighted by the task loss. finetune_scales: tuned end to end (endtoend).
 
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
