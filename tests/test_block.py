@@ -140,7 +140,7 @@ def ridge_correction(weight, x, missing, damping=0.05):
 @pytest.mark.parametrize("stage", ["o_proj", "down_proj", "qkv"])
 def test_fixed_strength_is_used_as_given_and_aims_at_the_original_stream(llama, stage, tmp_path):
     """Block 1, from activations of two transformers models: W + 0.5 C with C by least squares, then the plain solver."""
-    changes = dict(correct=0.5, act_order="none", grid="minmax", refit=False)
+    changes = dict(correct=0.5, act_order="none", grid="minmax", refit=False, descent=False)
     report = quantize(llama, tmp_path / "out", QuantizeConfig(**{**SMALL, **changes}))
     assert report.recipe["correct"] == 0.5 and {layer.correction for layer in report.layers} == {0.5}
     prefix = "model.layers.1."

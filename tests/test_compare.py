@@ -48,6 +48,7 @@ def test_options_have_the_types_of_the_config():
     config = parse(text).config(bits=3)
     assert (config.method, config.bits, config.group_size) == ("foem+gptaq", 3, 64)
     assert config.beta == 0.1 and config.alpha is None and config.symmetric is False
+    assert parse("balanced:act_order=none").config().act_order == "none"  # an order, not "as the preset says"
     assert config.act_order == "group" and config.exclude == ["k_proj|v_proj"]
 
 

@@ -103,14 +103,15 @@ def parse_field(text: str, option: str) -> tuple[str, object]:
 
 
 def parse_value(text: str, key: str, value: str, hint: object) -> object:
-    """`value` as the first of the hint's types that it fits, text last; `none` is None where that is allowed.
+    """`value` as the first of the hint's types that it fits, text last; `none` is None where that is allowed, but for
+    act_order, which has an order of that name.
 
     >>> parse_value("", "beta", "0.5", float | str | None), parse_value("", "beta", "auto", float | str | None)
     (0.5, 'auto')
     """
     unions = (typing.Union, types.UnionType)
     allowed = typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,)
-    if type(None) in allowed and value.lower() == "none":
+    if type(None) in allowed and key != "act_order" and value.lower() == "none":
         return None
     if bool in allowed and value.lower() in ("true", "false"):
         return value.lower() == "true"
