@@ -33,8 +33,9 @@ def test_presets():
     assert set(PRESETS) == {"fast", "balanced", "best"}
     for recipe in (fast, balanced, best):
         assert recipe.solver.alpha == recipe.solver.beta == 0 and recipe.solver.damping == 0.05 and recipe.solver.refit
-        assert recipe.spec.act_order == "group" and recipe.solver.grid == "search" and recipe.auto == ()
-    assert fast.correct == 0.0 and not fast.needs_original
+        assert recipe.spec.act_order == "static" and recipe.solver.grid == "search" and recipe.auto == ()
+    assert fast.correct == 0.0 and not fast.needs_original and not fast.solver.descent
+    assert balanced.solver.descent and best.solver.descent and best.guided and best.finetune_scales
     assert balanced.correct is None and best.correct is None and balanced.needs_original and best.needs_original
     assert resolve(QuantizeConfig()) == balanced and balanced.stated["preset"] == "balanced"
     extras = ("guided", "finetune_scales")
