@@ -8,7 +8,7 @@ to it; any other at its own original output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 import torch
@@ -23,7 +23,7 @@ from foem_vllm.report import LayerResult
 from foem_vllm.solver import layer_loss, solve
 from foem_vllm.stream import BlockInputs
 
-KEPT_BYTES = 2 << 30  # of inputs of the last linear; beyond it the block is run once more instead
+KEPT_BYTES = 2 << 30  # of what feeds one linear; beyond it more of the block is run again
 
 
 class BlockSolver:
@@ -41,7 +41,7 @@ class BlockSolver:
         self.recipe, self.scale_dtypes, self.inputs, self.original = recipe, scale_dtypes, inputs, original
         self.guidance = guidance
         self.folds = selection.FOLDS if recipe.auto or recipe.correct is None or (recipe.solver and recipe.solver.descent) else 1
-        self._places: dict[tuple, str | None] = {}
+        self._found: dict[tuple, object] = {}  # what trials showed
 
     def solve(
         self, index: int, block: nn.Module, untouched: nn.Module | None, prefix: str, chosen: set[str]
@@ -52,30 +52,33 @@ class BlockSolver:
             for n, linear in linears.items():
                 yield self._nearest(linear, prefix + n, [])
             return
-        run = functools.partial(self.inputs.call, index, block)
-        stages = capture.find_stages(linears, lambda: run(0))
-        places = {s[0]: self._place(block, s[0], lambda: run(0)) for s in stages if self.recipe.correct != 0 and len(s) == 1}
+        known = capture.Known(block)
+
+        def run(b: int) -> torch.Tensor:
+            with known.of(b):
+                return self.inputs.call(index, block, b)
+
+        stages = self._find_stages(block, linears, run)
+        places = {
+            s[0]: self._trial(capture.find_sum, block, s[0], run) for s in stages if self.recipe.correct != 0 and len(s) == 1
+        }
         shown = self._record(index, untouched, stages, places) if self.original else None
         reached: set[str] = set()
         for stage in stages:
-            # Where the last linear ends in the block's output, that output need not be computed again to be carried on.
-            last = stage is stages[-1] and places.get(stage[0]) == "" and self._can_keep(linears[stage[0]])
-            moments, fed = self._collect(index, block, prefix, stage, places.get(stage[0]), shown, last)
-            before = linears[stage[0]].weight.to(torch.float32, copy=True) if last else None
+            keep = len(stage) == 1 and self._can_keep(linears[stage[0]])
+            part = self._trial(capture.find_part, block, stage[0], run) if keep else None
+            moments, fed = self._collect(index, block, prefix, stage, places.get(stage[0]), shown, run, part is not None)
             if moments.tokens:
                 yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
                 reached |= set(stage)
-            if last:
-                change = (linears[stage[0]].weight.float() - before).T
-                for b, (x, out) in enumerate(fed):
-                    if x is not None:
-                        out = (out.float() + (x @ change.to(x.dtype)).view(out.shape)).to(out.dtype)
-                    self.inputs.hidden[b] = out
+            if part is not None and all(x is not None for x in fed):
+                known.add(part, [linears[stage[0]](x) for x in fed])
+            del fed
         for n, linear in linears.items():
             if n not in reached:
                 yield self._nearest(linear, prefix + n, ["no calibration token reached it: rounded to nearest"])
-        if not (stages and last):
-            self.inputs.advance(index, block)
+        for b in range(len(self.inputs.hidden)):
+            self.inputs.hidden[b] = run(b)
 
     def _solve_stage(
         self, linears: dict[str, nn.Linear], prefix: str, moments: capture.Moments
@@ -123,12 +126,22 @@ class BlockSolver:
         tokens = sum(h.shape[:-1].numel() for h in hidden)
         return tokens * linear.in_features * hidden[0].element_size() <= KEPT_BYTES
 
-    def _place(self, block: nn.Module, name: str, run) -> str | None:
-        """capture.find_sum, once for all blocks built alike."""
-        key = type(block), name, tuple(n for n, _ in block.named_modules())
-        if key not in self._places:
-            self._places[key] = capture.find_sum(block, name, run)
-        return self._places[key]
+    def _trial(self, find: Callable, block: nn.Module, what, run: Callable):
+        """find(block, what, run) on the first batch, once for all blocks built alike."""
+        key = find, type(block), str(what), tuple(n for n, _ in block.named_modules())
+        if key not in self._found:
+            self._found[key] = find(block, what, functools.partial(run, 0))
+        return self._found[key]
+
+    def _find_stages(self, block: nn.Module, linears: dict[str, nn.Linear], run: Callable) -> list[list[str]]:
+        """capture.find_stages, once for all blocks built alike if none of their linears depends on the text (routed experts)."""
+        key = type(block), tuple(linears)
+        if key not in self._found:
+            stages = capture.find_stages(linears, functools.partial(run, 0))
+            if sum(map(len, stages)) < len(linears):
+                return stages
+            self._found[key] = stages
+        return self._found[key]
 
     def _record(
         self, index: int, untouched: nn.Module, stages: list[list[str]], places: dict[str, str | None]
@@ -152,10 +165,11 @@ class BlockSolver:
         stage: list[str],
         place: str | None,
         shown: list[dict[str, torch.Tensor]] | None,
+        run: Callable,
         keep: bool,
-    ) -> tuple[capture.Moments, list[tuple[torch.Tensor | None, torch.Tensor]]]:
+    ) -> tuple[capture.Moments, list[torch.Tensor | None]]:
         """(moments, over the calibration text, of what feeds the stage, and of its drift from what the original block
-        showed; with `keep` also the batches: what feeds it and the tensor at `place`)."""
+        showed; with `keep` also what feeds it, batch by batch)."""
         first = stage[0]
         linear = block.get_submodule(first)
         token_weights = self._token_weights(index, {n: block.get_submodule(n).out_features for n in stage})
@@ -166,7 +180,7 @@ class BlockSolver:
         kept = []
         at = first if place is None else place
         for b in range(len(self.inputs.hidden)):
-            now = capture.observe(block, {first, at}, functools.partial(self.inputs.call, index, block, b))
+            now = capture.observe(block, {first, at}, functools.partial(run, b))
             then = shown[b].get(at) if shown else None
             if shown and getattr(then, "shape", None) != getattr(now.get(at), "shape", None):
                 raise FoemError(
@@ -181,7 +195,7 @@ class BlockSolver:
                     token_weights[b] if token_weights else None,
                 )
             if keep:
-                kept.append((now.get(first), now[at]))
+                kept.append(now.get(first))
         return moments, kept
 
     def _token_weights(self, index: int, stage: dict[str, int]) -> list[torch.Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -177,3 +178,68 @@ def observe(block: nn.Module, names: Iterable[str], run: Callable[[], torch.Tens
         except StopForward:
             pass
     return seen
+
+
+class Part(NamedTuple):
+    """name: a module whose output is nothing but that of one linear. items: how many values it returns, the others None; 0 where
+    it returns the tensor itself."""
+
+    name: str
+    items: int
+
+
+def find_part(block: nn.Module, name: str, run: Callable[[], object]) -> Part | None:
+    """The largest part of the block whose output is that of linear `name`: most models' attention for its o_proj.
+
+    None where there is no such part beyond the linear itself.
+    """
+    made: list[torch.Tensor] = []
+    found: list[Part] = []
+
+    def keep(module, args, out):
+        made.append(out)
+
+    def compare(part: str):
+        def hook(module, args, out):
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            same = made and isinstance(first, torch.Tensor) and first.data_ptr() == made[-1].data_ptr()
+            if same and first.shape == made[-1].shape and all(r is None for r in rest):
+                found.append(Part(part, len(out) if isinstance(out, tuple) else 0))
+
+        return hook
+
+    parts = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
+    with hooks(
+        [block.get_submodule(name).register_forward_hook(keep)]
+        + [block.get_submodule(p).register_forward_hook(compare(p)) for p in parts]
+    ):
+        run()
+    return min(found, key=lambda part: len(part.name), default=None)
+
+
+class Known:
+    """Parts of a block that need not run again while the rest of it is quantized: their outputs, batch by batch."""
+
+    def __init__(self, block: nn.Module):
+        self._block = block
+        self._parts: dict[Part, list[torch.Tensor]] = {}
+
+    def add(self, part: Part, outputs: list[torch.Tensor]) -> None:
+        """outputs: what the part's linear returns, now that it is quantized."""
+        self._parts[part] = outputs
+
+    @contextlib.contextmanager
+    def of(self, batch: int):
+        """A context in which the block, run on this batch, takes those outputs as they are."""
+
+        def stored(out: torch.Tensor, items: int) -> Callable:
+            return lambda *_, **__: (out, *[None] * (items - 1)) if items else out
+
+        modules = [self._block.get_submodule(part.name) for part in self._parts]
+        for module, (part, outputs) in zip(modules, self._parts.items()):
+            module.forward = stored(outputs[batch], part.items)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward

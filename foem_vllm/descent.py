@@ -22,23 +22,26 @@ def descend(q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor
     n, k = target.shape
     groups = (group_index(k, spec) if q.g_idx is None else q.g_idx).long().to(H.device)
     size = q.scales.to(H)[:, groups]
-    codes = q.codes.to(H)
-    slope = (dequantize(q, spec).to(H) - target.to(H)) @ H
-    cost = size.square() * H.diagonal()
-    top = (1 << spec.bits) - 1
-    # What a step down the slope would change, and in which direction it goes; rows are updated one column a round.
-    taken, rows = 0, torch.arange(n, device=H.device)
+    codes, top = q.codes.clone(), (1 << spec.bits) - 1
+    # Half of what a step changes is up + slope, or down - slope; it never helps at the edge of the grid.
+    slope = ((dequantize(q, spec).to(H) - target.to(H)) @ H) * size
+    cost = size.square() * (H.diagonal() / 2)
+    up, down = cost.masked_fill(codes == top, torch.inf), cost.masked_fill(codes == 0, torch.inf)
+    rows, taken = torch.arange(n, device=H.device), 0
     for _ in range(max(1, round(STEPS * k))):
-        down = slope > 0
-        free = torch.where(down, codes > 0, codes < top)
-        change = torch.where(free, cost - 2 * size * slope.abs(), 0.0)
-        least, column = change.min(1)
-        moving = rows[least < 0]
-        if not len(moving):
+        least, column = torch.minimum(up + slope, down - slope).min(1)
+        moving = least < 0
+        count = int(moving.sum())
+        if not count:
             break
-        column = column[moving]
-        step = torch.where(down[moving, column], -1.0, 1.0).to(H)
-        codes[moving, column] += step
-        slope[moving] += (step * size[moving, column])[:, None] * H[column]
-        taken += len(moving)
-    return q._replace(codes=codes.to(q.codes.dtype)), taken
+        taken += count
+        if 2 * count < len(rows):  # a row that has come to rest stays there
+            rows, column, slope, size, cost, up, down = (t[moving] for t in (rows, column, slope, size, cost, up, down))
+            moving = moving[moving]
+        at = torch.arange(len(rows), device=H.device), column
+        direction = torch.where(slope[at] > 0, -1, 1) * moving
+        new = codes[rows, column].int() + direction
+        codes[rows, column] = new.to(codes.dtype)
+        up[at], down[at] = (torch.where(new == edge, torch.inf, cost[at]) for edge in (top, 0))
+        slope = torch.addcmul(slope, size, H[column] * (direction * size[at])[:, None])
+    return q._replace(codes=codes), taken

@@ -26,6 +26,7 @@ from foem_vllm.solver import SolverConfig, solve
 
 FOLDS = 4
 ROWS = 512  # of a layer are enough to judge three numbers by
+DESCENT_ROWS = 128  # and these for a yes or no
 GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
 PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
 
@@ -154,7 +155,7 @@ def descent_helps(W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: 
     """Whether coordinate descent on the codes of W [N, K] lowers the score on a fold that it has not seen (the last one)."""
     if len(folds) < 2:
         return False
-    picked = torch.linspace(0, len(W) - 1, min(len(W), ROWS), device=W.device).round().long()
+    picked = torch.linspace(0, len(W) - 1, min(len(W), DESCENT_ROWS), device=W.device).round().long()
     rows = W[picked].to(folds[0].h)
     means, held = (m._replace(g=None if m.g is None else m.g[picked]) for m in (merge(folds[:-1]), folds[-1]))
     target = correct(rows, [means], config.damping, strength).target if strength else rows

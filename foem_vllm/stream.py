@@ -84,11 +84,6 @@ class BlockInputs:
         out = block(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the hidden states by the block's outputs."""
-        for b in range(len(self.hidden)):
-            self.hidden[b] = self.call(index, block, b)
-
 
 def _first(value, size: int, recorded: int):
     """What blocks are called with (masks, positions) for `size` sequences, from a call with `recorded` of them."""

@@ -8,7 +8,7 @@ import transformers
 from tiny_models import CALIBRATION, CONFIGS, write_model
 from torch import nn
 
-from foem_vllm import QuantizeConfig, block, pipeline, quantize
+from foem_vllm import QuantizeConfig, block, capture, pipeline, quantize
 from foem_vllm.block import BlockSolver
 from foem_vllm.calibration import read_texts, sample_tokens
 from foem_vllm.checkpoint import read_linear
@@ -68,7 +68,7 @@ def seen_by(model, names, tokens):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """.solver: the last one made; .after, .original: hidden states after every block; .advanced: by running a block again."""
+    """.solver: the last one made; .after, .original: hidden states after every block; .known: parts that were not run again."""
 
     class Spy(BlockSolver):
         def solve(self, index, *rest):
@@ -80,38 +80,39 @@ def spy(monkeypatch):
                 if stream:
                     kept.append(torch.cat([h.reshape(-1, h.shape[-1]) for h in stream.hidden]).double())
 
-    def advance(self, index, block):
-        Spy.advanced.append(index)
-        real(self, index, block)
+    def add(self, part, outputs):
+        Spy.known.append(part.name)
+        real(self, part, outputs)
 
-    Spy.advanced = []
-    real = BlockInputs.advance
-    monkeypatch.setattr(BlockInputs, "advance", advance)
+    Spy.known = []
+    real = capture.Known.add
+    monkeypatch.setattr(capture.Known, "add", add)
     monkeypatch.setattr(pipeline, "BlockSolver", Spy)
     return Spy
 
 
 CARRIED = {
-    "llama": ("llama", {}, True),
-    "llama without room": ("llama", {}, False),
-    "llama fast": ("llama", dict(preset="fast"), False),
-    "opt": ("opt", {}, True),
-    "gpt_neox": ("gpt_neox", {}, True),
-    "gpt_neox without mlp": ("gpt_neox", dict(exclude=["mlp"]), True),
-    "gpt_neox without last": ("gpt_neox", dict(exclude=["4h_to_h"]), False),
-    "gemma2": ("gemma2", {}, False),
+    "llama": ("llama", {}, ["self_attn", "mlp"]),
+    "llama without room": ("llama", {}, []),
+    "llama fast": ("llama", dict(preset="fast"), ["self_attn", "mlp"]),
+    "llama without attention": ("llama", dict(exclude=["self_attn"]), ["mlp"]),
+    "opt": ("opt", {}, ["self_attn"]),
+    "gpt_neox": ("gpt_neox", {}, ["attention", "mlp"]),
+    "gpt_neox without last": ("gpt_neox", dict(exclude=["4h_to_h"]), ["attention"]),
+    "gemma2": ("gemma2", {}, ["self_attn", "mlp"]),
+    "mixtral": ("mixtral", dict(preset="fast"), ["self_attn"]),
 }
 
 
 @pytest.mark.parametrize("case", CARRIED)
 def test_carried_activations_are_those_of_the_quantized_model(case, spy, tmp_path, monkeypatch):
-    """Also where the block is not run again but the change of its last linear is added to its output."""
+    """Also where parts of a block are not run again but their outputs kept."""
     if case.endswith("room"):
         monkeypatch.setattr(block, "KEPT_BYTES", 0)
-    arch, changes, reused = CARRIED[case]
+    arch, changes, parts = CARRIED[case]
     source = write_model(tmp_path / "model", arch)
     quantize(source, tmp_path / "out", QuantizeConfig(**{**SMALL, **changes}))
-    assert spy.advanced == ([] if reused else [0, 1])
+    assert spy.known == 2 * parts
     blocks = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}.get(arch, "model.layers")
     tokens = tokens_of(source)
     for checkpoint, streams in ((tmp_path / "out", spy.after), (None, spy.original)):
@@ -128,7 +129,7 @@ def test_carried_activations_in_bfloat16(spy, tmp_path):
     wanted, original = (
         seen_by(load(source, c), ["model.layers.1."], tokens_of(source))["model.layers.1."] for c in (tmp_path / "out", None)
     )
-    assert not spy.advanced and (spy.after[1] - wanted).norm() < min(0.03 * wanted.norm(), 0.5 * (original - wanted).norm())
+    assert (spy.after[1] - wanted).norm() < min(0.03 * wanted.norm(), 0.5 * (original - wanted).norm())
 
 
 def ridge_correction(weight, x, missing, damping=0.05):
