@@ -5,11 +5,13 @@
 * `tune_scales`: codes fixed, the scales moved down the gradient of KL(original || quantized) at the logits; kept only if that
   falls on calibration sequences that were not tuned on.
 
-The forward pass keeps what enters every block, the backward pass runs each block again with gradients and then forgets it.
+The forward pass keeps what enters every block, and the graph of its operations where there is room for those of all blocks;
+otherwise the backward pass runs each block again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -24,7 +26,8 @@ from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_scales
 from foem_vllm.stream import BlockInputs, Weights, load_block
 
-CHUNK = 16  # batches whose block inputs are in memory at once: each costs one pass over the model's files
+CHUNK = 16  # batches at most whose block inputs are in memory at once: each chunk costs one pass over the model's files
+GRAPH_BYTES = 2 << 30  # of what operations keep for their gradients
 SEQUENCES_A_STEP = 4
 HELD_OUT = 8  # one sequence in so many judges and is not tuned on
 LEARNING_RATE = 5e-3  # relative change of a scale a step
@@ -64,50 +67,86 @@ def guide(
     head = Head(model, blocks)
     found: list[dict[str, list[torch.Tensor]]] = [{} for _ in blocks]
 
-    def load(index: int) -> nn.Module:
-        return load_block(blocks[index], f"{blocks_name}.{index}.", weights, dtype, device)
+    def load(index: int) -> Callable:
+        block = load_block(blocks[index], f"{blocks_name}.{index}.", weights, dtype, device)
+        return functools.partial(_with_squares, index, block, inputs, found[index])
 
-    for start in range(0, len(inputs.hidden), CHUNK):
-        entered = [inputs.hidden[start : start + CHUNK]]
+    size = len(blocks) * graph_bytes(load(0), inputs.hidden[0])
+    keep = size <= GRAPH_BYTES
+    chunk = min(CHUNK, GRAPH_BYTES // size) if keep else CHUNK
+    for start in range(0, len(inputs.hidden), chunk):
+        hidden, segments = inputs.hidden[start : start + chunk], []
         for index in range(len(blocks)):
-            block = load(index)
-            entered.append([inputs.run(index, block, h) for h in entered[-1]])
+            run = load(index)
+            segments.append([Segment(run, h, keep) for h in hidden])
+            hidden = [s.out for s in segments[-1]]
         gradients = []
-        for hidden in entered.pop():
+        for h in hidden:
             with torch.enable_grad():
-                hidden = hidden.detach().requires_grad_(True)
-                logits = head(hidden)
+                h = h.detach().requires_grad_(True)
+                logits = head(h)
                 up_to = logits.detach().flatten(0, -2).softmax(-1).cumsum(-1)
                 drawn = torch.rand(len(up_to), 1, generator=generator).to(device) * up_to[:, -1:]
                 label = torch.searchsorted(up_to, drawn).squeeze(1).clamp_(max=up_to.shape[1] - 1)
                 F.cross_entropy(logits.flatten(0, -2), label, reduction="sum").backward()
-            gradients.append(hidden.grad)
+            gradients.append(h.grad)
         for index in reversed(range(len(blocks))):
-            block = load(index)
-            for b, hidden in enumerate(entered.pop()):
-                gradients[b] = _squares(index, block, inputs, hidden, gradients[b], found[index])
+            run = None if keep else load(index)
+            gradients = [s.backward(g, run) for s, g in zip(segments.pop(), gradients)]
     return found
 
 
-def _squares(
-    index: int, block: nn.Module, inputs: BlockInputs, hidden: torch.Tensor, gradient: torch.Tensor, found: dict
+def _with_squares(
+    index: int, block: nn.Module, inputs: BlockInputs, found: dict[str, list[torch.Tensor]], hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient at the block's input; adds [tokens] of every linear that was reached to `found`."""
-    outputs: dict[str, torch.Tensor] = {}
+    """Output of the block; in the backward pass the [tokens] of every linear that was reached are added to `found`."""
 
     def keep(name: str) -> Callable:
         def hook(module, args, out):
-            out.retain_grad()
-            outputs[name] = out
+            if out.requires_grad:
+                out.register_hook(lambda g: found.setdefault(name, []).append(g.float().square().mean(-1).flatten()))
 
         return hook
 
-    with torch.enable_grad(), hooks(m.register_forward_hook(keep(n)) for n, m in models.find_linears(block).items()):
-        hidden = hidden.detach().requires_grad_(True)
-        inputs.run(index, block, hidden).backward(gradient)
-    for name, out in outputs.items():
-        found.setdefault(name, []).append(out.grad.float().square().mean(-1).flatten())
-    return hidden.grad
+    with hooks(m.register_forward_hook(keep(n)) for n, m in models.find_linears(block).items()):
+        return inputs.run(index, block, hidden)
+
+
+class Segment:
+    """One block on one batch: its output, then the gradient at its input from that at its output."""
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, keep: bool):
+        """keep: the graph, rather than run again in `backward`."""
+        with torch.set_grad_enabled(keep):
+            self._in = hidden.detach().requires_grad_(keep)
+            self._graph = run(self._in)
+        self.out = self._graph.detach()
+        if not keep:
+            self._graph = None
+
+    def backward(self, gradient: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        """run: as before; not needed where the graph was kept."""
+        self.out = None
+        if self._graph is None:
+            with torch.enable_grad():
+                self._in.requires_grad_(True)
+                self._graph = run(self._in)
+        self._graph.backward(gradient)
+        self._graph = None
+        return self._in.grad
+
+
+def graph_bytes(run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> int:
+    """What run(hidden) keeps for its gradient, weights included."""
+    sizes: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run(hidden.detach().requires_grad_(True))
+    return max(1, sum(sizes.values()))
 
 
 class Tuned(NamedTuple):
@@ -152,15 +191,19 @@ def tune_scales(
         target = head(pick(goal, part)).log_softmax(-1)
         return (target.exp() * (target - head(hidden).log_softmax(-1))).sum(-1).mean()
 
+    def run(index: int) -> Callable:
+        return functools.partial(inputs.run, index, stack.at(index))
+
     def judge() -> float:
         total = 0.0
         for part in _parts(held):
             hidden = pick(inputs.hidden, part)
             for index in range(len(blocks)):
-                hidden = inputs.run(index, stack.at(index), hidden)
+                hidden = run(index)(hidden)
             total += float(divergence(part, hidden)) * len(part)
         return total / len(held)
 
+    keep = len(blocks) * graph_bytes(run(0), pick(inputs.hidden, tuned_on[:SEQUENCES_A_STEP])) <= GRAPH_BYTES
     before = judge()
     best, kept = before, {n: s.clone() for n, s in stack.rounded(scale_dtypes).items()}
     generator = torch.Generator().manual_seed(seed)
@@ -169,19 +212,17 @@ def tune_scales(
         step_done(f"tuning scales, pass {number + 1} of {PASSES}")
         order = [tuned_on[i] for i in torch.randperm(len(tuned_on), generator=generator).tolist()]
         for part in _parts(order):
-            entered = [pick(inputs.hidden, part)]
+            hidden, segments = pick(inputs.hidden, part), []
             for index in range(len(blocks)):
-                entered.append(inputs.run(index, stack.at(index), entered[-1]))
+                segments.append(Segment(run(index), hidden, keep))
+                hidden = segments[-1].out
             with torch.enable_grad():
-                hidden = entered.pop().detach().requires_grad_(True)
+                hidden = hidden.requires_grad_(True)
                 divergence(part, hidden).backward()
             gradient = hidden.grad
             rate = LEARNING_RATE * min(1.0, (done + 1) / 5) * (1 - done / steps)
             for index in reversed(range(len(blocks))):
-                with torch.enable_grad():
-                    hidden = entered.pop().detach().requires_grad_(True)
-                    inputs.run(index, stack.at(index), hidden).backward(gradient)
-                gradient = hidden.grad
+                gradient = segments.pop().backward(gradient, run(index))
                 stack.update(index, rate, done + 1)
             done += 1
         exact = stack.factors

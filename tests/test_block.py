@@ -100,7 +100,6 @@ CARRIED = {
     "gpt_neox": ("gpt_neox", {}, ["attention", "mlp"]),
     "gpt_neox without last": ("gpt_neox", dict(exclude=["4h_to_h"]), ["attention"]),
     "gemma2": ("gemma2", {}, ["self_attn", "mlp"]),
-    "mixtral": ("mixtral", dict(preset="fast"), ["self_attn"]),
 }
 
 
