@@ -26,6 +26,7 @@ from foem_vllm.solver import SolverConfig, solve
 
 FOLDS = 4
 ROWS = 512  # of a layer are enough to judge three numbers by
+CLEAR_GAIN = 0.01  # of GPTQ's score: what is left of less, after it was searched for, is noise at the model's output
 DESCENT_ROWS = 128  # and these for a yes or no
 GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
 PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
@@ -114,8 +115,9 @@ def choose(
     """alpha, beta and damping for W [N, K]; those not in `auto` stay as config has them. strength: of the target's correction.
 
     Every combination in GRID is solved without one fold and scored on it, for each fold. Among those whose score is within
-    one standard error (over held-out folds, of the paired difference) of the best, the one closest to plain GPTQ wins. With
-    fewer than two folds, as when few tokens are routed to an expert, nothing is chosen.
+    one standard error (over held-out folds, of the paired difference) of the best, the one closest to plain GPTQ is taken, and
+    plain GPTQ itself unless that is better by CLEAR_GAIN and by two standard errors. With fewer than two folds, as when few
+    tokens are routed to an expert, nothing is chosen.
     """
     if len(folds) < 2:
         return Choice(config.alpha, config.beta, config.damping)
@@ -144,6 +146,9 @@ def choose(
     best = min(candidates, key=lambda c: table[c].mean())
     chosen = next(c for c in candidates if (table[c] - table[best]).mean() <= standard_error(table[c] - table[best]))
     unit = plain.abs().mean().clamp(min=1e-30)
+    gain = plain - table[chosen]
+    if gain.mean() < max(CLEAR_GAIN * unit, 2 * standard_error(gain)):
+        chosen = candidates[0]
     scores = []
     for c in candidates:
         against = (table[c] - plain) / unit

@@ -170,7 +170,10 @@ def by_brute_force(text, edges, spec, config, auto, strength=0.0):
     near = [c for c, v in table.items() if (v - table[best]).mean() <= error(v - table[best])]
     unit = table[first].abs().mean()
     scores = {c: (float((v - table[first]).mean() / unit), error((v - table[first]) / unit)) for c, v in table.items()}
-    return min(near, key=lambda c: (sum(a != b for a, b in zip(c, plain)), c)), best, scores
+    taken = min(near, key=lambda c: (sum(a != b for a, b in zip(c, plain)), c))
+    gain = table[first] - table[taken]
+    clear = float(gain.mean() / unit) >= 0.01 and float(gain.mean()) >= 2 * error(gain)
+    return taken if clear else first, best, scores
 
 
 CASES = [
@@ -200,12 +203,15 @@ def test_choice_equals_brute_force(case):
 def test_one_standard_error_rule_prefers_gptq_over_a_better_mean():
     """Over many texts both happen: a best candidate that is not clearly better gives way to GPTQ, a clear one does not."""
     kept = moved = 0
-    for seed in range(8):
-        text = Text(120, seed, model=seed)
-        found = choose(text.W, text.folds(30, 60, 90), SPEC, SolverConfig(), ("beta",))
+    for seed in range(16):
+        text = Text(120 - 80 * (seed % 2), seed, model=seed)
+        found = choose(text.W, text.folds(*(len(text.x) * i // 4 for i in (1, 2, 3))), SPEC, SolverConfig(), ("beta",))
         lowest = min(found.scores, key=lambda s: s["score"])
         kept += lowest["beta"] > 0 and found.beta == 0
         moved += found.beta > 0
+        if found.beta:
+            of_it = next(s for s in found.scores if s["beta"] == found.beta)
+            assert -of_it["score"] >= max(selection.CLEAR_GAIN, 2 * of_it["error"])
     assert kept and moved, (kept, moved)
 
 
