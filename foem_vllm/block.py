@@ -58,15 +58,15 @@ class BlockSolver:
             with known.of(b):
                 return self.inputs.call(index, block, b)
 
-        stages = self._find_stages(block, linears, run)
-        places = {
-            s[0]: self._trial(capture.find_sum, block, s[0], run) for s in stages if self.recipe.correct != 0 and len(s) == 1
-        }
+        trial = functools.partial(run, 0)  # of a whole batch: routed experts then show that they do not see all tokens
+        stages = self._find_stages(block, linears, trial)
+        alone = [s[0] for s in stages if len(s) == 1]
+        places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
+        parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone if self._can_keep(linears[n])}
         shown = self._record(index, untouched, stages, places) if self.original else None
         reached: set[str] = set()
         for stage in stages:
-            keep = len(stage) == 1 and self._can_keep(linears[stage[0]])
-            part = self._trial(capture.find_part, block, stage[0], run) if keep else None
+            part = parts.get(stage[0])
             moments, fed = self._collect(index, block, prefix, stage, places.get(stage[0]), shown, run, part is not None)
             if moments.tokens:
                 yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
@@ -126,18 +126,18 @@ class BlockSolver:
         tokens = sum(h.shape[:-1].numel() for h in hidden)
         return tokens * linear.in_features * hidden[0].element_size() <= KEPT_BYTES
 
-    def _trial(self, find: Callable, block: nn.Module, what, run: Callable):
-        """find(block, what, run) on the first batch, once for all blocks built alike."""
-        key = find, type(block), str(what), tuple(n for n, _ in block.named_modules())
+    def _trial(self, find: Callable, block: nn.Module, name: str, run: Callable):
+        """find(block, name, run), once for all blocks built alike."""
+        key = find, type(block), name, tuple(n for n, _ in block.named_modules())
         if key not in self._found:
-            self._found[key] = find(block, what, functools.partial(run, 0))
+            self._found[key] = find(block, name, run)
         return self._found[key]
 
     def _find_stages(self, block: nn.Module, linears: dict[str, nn.Linear], run: Callable) -> list[list[str]]:
         """capture.find_stages, once for all blocks built alike if none of their linears depends on the text (routed experts)."""
         key = type(block), tuple(linears)
         if key not in self._found:
-            stages = capture.find_stages(linears, functools.partial(run, 0))
+            stages = capture.find_stages(linears, run)
             if sum(map(len, stages)) < len(linears):
                 return stages
             self._found[key] = stages

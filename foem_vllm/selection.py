@@ -25,7 +25,7 @@ from foem_vllm.grid import refit_scales
 from foem_vllm.solver import SolverConfig, solve
 
 FOLDS = 4
-ROWS = 512  # of a layer are enough to judge three numbers by
+ROWS = 256  # of a layer are enough to judge three numbers by
 CLEAR_GAIN = 0.01  # of GPTQ's score: what is left of less, after it was searched for, is noise at the model's output
 DESCENT_ROWS = 128  # and these for a yes or no
 GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
@@ -74,6 +74,14 @@ def drift(W: torch.Tensor, means: Means) -> torch.Tensor | None:
     return means.g if means.g is not None else None if means.d is None else W.to(means.d) @ means.d
 
 
+def sample(W: torch.Tensor, folds: list[Means], rows: int) -> tuple[torch.Tensor, list[Means]]:
+    """At most so many rows of W [N, K], evenly spread, and what `folds` say about them."""
+    if len(W) <= rows:
+        return W.to(folds[0].h), folds
+    picked = torch.linspace(0, len(W) - 1, rows, device=W.device).round().long()
+    return W[picked].to(folds[0].h), [f._replace(g=None if f.g is None else f.g[picked]) for f in folds]
+
+
 def full_correction(W: torch.Tensor, means: Means, damping: float) -> torch.Tensor:
     """G (H + damping mean(diag H) I)^-1 [N, K]: what least squares adds to W so that W X_q comes closest to Y_fp."""
     h = means.h
@@ -92,9 +100,10 @@ def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float
     """
     if strength is None:
         toward = length = 0.0
-        for suggests, judges in splits(folds):
-            C, held = full_correction(W, merge(suggests), damping), merge(judges)
-            toward += float((drift(W, held) * C).sum())
+        rows, parts = sample(W, folds, ROWS) if folds else (W, folds)
+        for suggests, judges in splits(parts):
+            C, held = full_correction(rows, merge(suggests), damping), merge(judges)
+            toward += float((drift(rows, held) * C).sum())
             length += float(((C @ held.h) * C).sum())
         strength = min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
     if strength == 0.0 or not folds:
@@ -123,13 +132,10 @@ def choose(
         return Choice(config.alpha, config.beta, config.damping)
     axes = [GRID[name] if name in auto else (getattr(config, name),) for name in PLAIN]
     candidates = sorted(itertools.product(*axes), key=lambda c: (sum(a != b for a, b in zip(c, PLAIN.values())), c))
-    picked = torch.linspace(0, len(W) - 1, min(len(W), ROWS), device=W.device).round().long()
-    rows = W[picked].to(folds[0].h)
+    rows, folds = sample(W, folds, ROWS)
     results = {c: [] for c in candidates}
     for suggests, judges in splits(folds):
         means = merge(suggests)
-        means = means._replace(g=None if means.g is None else means.g[picked])
-        held = [j._replace(g=None if j.g is None else j.g[picked]) for j in judges]
         target = correct(rows, [means], config.damping, strength).target if strength else rows
         for damping in sorted({c[2] for c in candidates}):
             same = [c for c in candidates if c[2] == damping]
@@ -140,7 +146,7 @@ def choose(
                 alpha=alpha if alpha.any() else None, beta=beta if beta.any() else None,
             )  # fmt: skip
             for c, q in zip(same, dequantize(solved.quantized, spec).to(rows).split(len(rows))):
-                results[c] += [float(score(q - rows, rows, j).mean()) for j in held]
+                results[c] += [float(score(q - rows, rows, j).mean()) for j in judges]
     table = {c: torch.tensor(v, dtype=torch.float64) for c, v in results.items()}
     plain = table[candidates[0]]
     best = min(candidates, key=lambda c: table[c].mean())
@@ -160,9 +166,8 @@ def descent_helps(W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: 
     """Whether coordinate descent on the codes of W [N, K] lowers the score on a fold that it has not seen (the last one)."""
     if len(folds) < 2:
         return False
-    picked = torch.linspace(0, len(W) - 1, min(len(W), DESCENT_ROWS), device=W.device).round().long()
-    rows = W[picked].to(folds[0].h)
-    means, held = (m._replace(g=None if m.g is None else m.g[picked]) for m in (merge(folds[:-1]), folds[-1]))
+    rows, folds = sample(W, folds, DESCENT_ROWS)
+    means, held = merge(folds[:-1]), folds[-1]
     target = correct(rows, [means], config.damping, strength).target if strength else rows
     without = solve(rows, means.h, spec, replace(config, descent=False), means.d, target).quantized
     moved, _ = descend(without, spec, target, means.h)
