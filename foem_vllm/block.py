@@ -20,7 +20,7 @@ from foem_vllm.format import Quantized, dequantize
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
-from foem_vllm.solver import layer_loss, solve
+from foem_vllm.solver import solve
 from foem_vllm.stream import BlockInputs
 
 KEPT_BYTES = 2 << 30  # of what feeds one linear; beyond it more of the block is run again
@@ -97,13 +97,14 @@ class BlockSolver:
             solver = replace(solver, descent=False)
         solved = solve(stacked, means.h, spec, solver, means.d, target)
         after = dequantize(solved.quantized, spec)
+        losses, sizes = (((t @ means.h) * t).sum(1) for t in (after - target, stacked))
         row = 0
         for name, linear in linears.items():
             rows = slice(row, row + linear.out_features)
             row = rows.stop
             result = self._result(linear, prefix + name, list(solved.notes))
-            result.loss = layer_loss(after[rows] - target[rows], means.h)
-            result.relative = result.loss / max(layer_loss(stacked[rows], means.h), 1e-30)
+            result.loss = float(losses[rows].mean())
+            result.relative = result.loss / max(float(sizes[rows].mean()), 1e-30)
             result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
             result.descent = solver.descent if recipe.solver.descent else None
             result.chosen = None if choice is None else asdict(choice)

@@ -30,8 +30,8 @@ import torch
 
 from foem_vllm.descent import descend
 from foem_vllm.errors import FoemError
-from foem_vllm.format import Quantized, QuantSpec, dequantize
-from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, refit_scales, to_codes
+from foem_vllm.format import Quantized, QuantSpec
+from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, refit_scales
 
 PUBLISHED_BLOCK = 128
 MAX_DAMPING = 1.0
@@ -68,12 +68,9 @@ class SolverConfig:
 
 
 class Solved(NamedTuple):
-    """quantized: codes and grid. loss: tr(E H E^T) / N with E = Q - target. relative: that loss over tr(W0 H W0^T) / N.
-    damping: the fraction that was used in the end. notes: what did not go as asked, for the report."""
+    """quantized: codes and grid. damping: the fraction that was used in the end. notes: what did not go as asked."""
 
     quantized: Quantized
-    loss: float
-    relative: float
     damping: float
     notes: tuple[str, ...] = ()
 
@@ -180,47 +177,54 @@ def solve(
         scales, zeros = grid[0].T.contiguous(), grid[1].T.contiguous()
     column_group = (order if static and order is not None else torch.arange(k, device=device)) // group
     column_group = column_group.tolist()
-    codes = torch.empty_like(w)
+    points = torch.empty_like(w)  # codes - zero
+    low, high = (-spec.mid, spec.mid - 1) if spec.symmetric else (None, None)
+    V = U / U.diagonal()[:, None]
 
     for begin, end in blocks(k, group, config.block_size):
-        Ub, wb = U[begin:end, begin:end], w[begin:end]
-        Pb = P[begin:end, begin:end] if P is not None else None
-        errors = torch.empty_like(wb)
-        seen = torch.empty_like(wb)  # alpha times each column as it was when it was rounded: what the drift term multiplies
-        for i in range(end - begin):
+        Vb, Pb = V[begin:end, begin:end], None if P is None else P[begin:end, begin:end]
+        errors = torch.empty_like(w[begin:end])
+        seen = torch.empty_like(errors) if drifts else None  # alpha times each column as it was when it was rounded
+        columns = w[begin:end].unbind()
+        for i, (column, point, error) in enumerate(zip(columns, points[begin:end].unbind(), errors.unbind())):
             j = begin + i
             g = column_group[j]
             if not static and j % group == 0:
                 importance = H1.diagonal()[j : j + group]
                 scales[g], zeros[g] = find_grid(w[j : j + group].T, spec, config.scale_dtypes, search, importance)
-            column = wb[i]
+            scale = scales[g]
+            if not spec.symmetric:
+                low, high = -zeros[g], 2 * spec.mid - 1 - zeros[g]
             if pulls and j % unpulled:
                 column -= beta * (column - target[j])
-            seen[i] = alpha * column if drifts else column
-            codes[j] = to_codes(column, scales[g], zeros[g], spec)
-            error = column - (codes[j] - zeros[g]) * scales[g]
+            if drifts:
+                torch.mul(column, alpha, out=seen[i])
+            torch.div(column, scale, out=point).round_().clamp_(low, high)
+            torch.addcmul(column, point, scale, value=-1, out=error)
             if pulls:
-                error = error - beta * (column - target[j])
-            errors[i] = error / Ub[i, i]
+                error -= beta * (column - target[j])
             if i + 1 < end - begin:
-                wb[i + 1 :].addr_(Ub[i, i + 1 :], errors[i], alpha=-1)
-                if Pb is not None:
-                    wb[i + 1 :].addr_(Pb[i, i + 1 :], seen[i])
-        w[end:] -= U[begin:end, end:].T @ errors
-        if P is not None:
-            w[end:] += P[begin:end, end:].T @ seen
+                later = w[j + 1 : end]
+                later.addr_(Vb[i, i + 1 :], error, alpha=-1)
+                if drifts:
+                    later.addr_(Pb[i, i + 1 :], seen[i])
+        w[end:].addmm_(V[begin:end, end:].T, errors, alpha=-1)
+        if drifts:
+            w[end:].addmm_(P[begin:end, end:].T, seen)
 
     g_idx = None
     if order is not None:
         back = torch.argsort(order)
-        codes = codes[back]
+        points = points[back]
         if spec.act_order == "group" and group != k:
             place = torch.argsort(order[::group] // group)
             scales, zeros = scales[place], zeros[place]
         elif spec.act_order == "full" and group != k:
             g_idx = (back // group).to(torch.int32)
+    group_of = torch.arange(k, device=device) // group if g_idx is None else g_idx.long()
+    codes = points.add_(spec.mid if spec.symmetric else zeros[group_of])
     quantized = Quantized(
-        codes.T.contiguous().to(torch.uint8),
+        codes.T.to(torch.uint8, memory_format=torch.contiguous_format),
         scales.T.contiguous(),
         None if spec.symmetric else zeros.T.contiguous().to(torch.uint8),
         g_idx,
@@ -229,8 +233,7 @@ def solve(
         quantized, _ = descend(quantized, spec, aim, H)
     if config.refit:
         quantized = refit_scales(quantized, spec, aim, H, config.scale_dtypes)
-    loss = layer_loss(dequantize(quantized, spec).to(dtype) - aim, H)
-    return Solved(quantized, loss, loss / max(layer_loss(W.to(device, dtype), H), 1e-30), damping, notes)
+    return Solved(quantized, damping, notes)
 
 
 def layer_loss(delta: torch.Tensor, H: torch.Tensor) -> float:
