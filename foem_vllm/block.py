@@ -7,6 +7,7 @@ to it; any other at its own original output.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -87,13 +88,14 @@ class BlockSolver:
         spec, solver = recipe.spec, replace(recipe.solver, scale_dtypes=self.scale_dtypes)
         means = moments.means(name=", ".join(prefix + n for n in linears))
         stacked = torch.cat([m.weight.float() for m in linears.values()])
+        folds = moments.folds()
         target, choice, strength = stacked, None, recipe.correct
         if strength != 0:
-            target, strength = selection.correct(stacked, moments.folds(), solver.damping, strength)
+            target, strength = selection.correct(stacked, folds, solver.damping, strength)
         if recipe.auto:
-            choice = selection.choose(stacked, moments.folds(), spec, solver, recipe.auto, strength)
+            choice = selection.choose(stacked, folds, spec, solver, recipe.auto, strength)
             solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
-        if solver.descent and not selection.descent_helps(stacked, moments.folds(), spec, solver, strength):
+        if solver.descent and not selection.descent_helps(stacked, folds, spec, solver, strength):
             solver = replace(solver, descent=False)
         solved = solve(stacked, means.h, spec, solver, means.d, target)
         after = dequantize(solved.quantized, spec)
@@ -174,14 +176,15 @@ class BlockSolver:
         first = stage[0]
         linear = block.get_submodule(first)
         token_weights = self._token_weights(index, {n: block.get_submodule(n).out_features for n in stage})
-        outputs = 0 if place is None else linear.out_features
+        weight = None if shown is None or place is None else linear.weight
         moments = capture.Moments(
-            linear.in_features, linear.weight.device, self.folds, shown is not None and not outputs, outputs
+            linear.in_features, linear.weight.device, self.folds, shown is not None and weight is None, weight
         )
         kept = []
         at = first if place is None else place
         for b in range(len(self.inputs.hidden)):
-            now = capture.observe(block, {first, at}, functools.partial(run, b))
+            with contextlib.nullcontext() if weight is None else capture.silent(linear):
+                now = capture.observe(block, {first, at}, functools.partial(run, b))
             then = shown[b].get(at) if shown else None
             if shown and getattr(then, "shape", None) != getattr(now.get(at), "shape", None):
                 raise FoemError(
@@ -189,12 +192,7 @@ class BlockSolver:
                     "or --exclude it"
                 )
             if first in now:  # else none of the batch's tokens is routed to it
-                moments.add(
-                    b % self.folds,
-                    now[first],
-                    None if then is None else then - now[at],
-                    token_weights[b] if token_weights else None,
-                )
+                moments.add(b % self.folds, now[first], now[at], then, token_weights[b] if token_weights else None)
             if keep:
                 kept.append(now.get(first))
         return moments, kept

@@ -29,24 +29,34 @@ class Means(NamedTuple):
 class Moments:
     """Sums behind `Means`, in float32, kept apart for `folds` parts of the text: one can judge what another made.
 
-    cross: with d. drift: rows of g (outputs), or 0 for none.
+    cross: with d. weight: [N, K] of the linear, with g. What is added must then lack the linear's own output, which the moments
+    know: it need not be computed.
     """
 
-    def __init__(self, k: int, device: torch.device, folds: int = 1, cross: bool = False, drift: int = 0):
+    def __init__(self, k: int, device: torch.device, folds: int = 1, cross: bool = False, weight: torch.Tensor | None = None):
         self.counts = [0] * folds
+        self._weight = None if weight is None else weight.float()
         self._h = torch.zeros(folds, k, k, device=device)
         self._d = torch.zeros(folds, k, k, device=device) if cross else None
-        self._g = torch.zeros(folds, drift, k, device=device) if drift else None
+        self._g = None if weight is None else torch.zeros(folds, *weight.shape, device=device)
 
-    def add(self, fold: int, x: torch.Tensor, drift: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
-        """x: [..., K] inputs in the quantized model. drift: original minus quantized, same tokens: inputs [..., K] for d, the
-        residual stream [..., N] for g. weights: [tokens], how much each counts."""
+    def add(
+        self,
+        fold: int,
+        x: torch.Tensor,
+        now: torch.Tensor | None = None,
+        then: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """x: [..., K] inputs in the quantized model. now, then: the same tokens in the quantized and in the original model:
+        inputs [..., K] for d; for g the residual stream [..., N], `now` before the linear's output has joined it. weights:
+        [tokens], how much each counts."""
         x = x.reshape(-1, x.shape[-1]).float()
         heavy = x if weights is None else x * weights[:, None]
         add_gram(self._h[fold], heavy, x)
         sums = self._d if self._g is None else self._g
         if sums is not None:
-            sums[fold].addmm_(drift.reshape(len(x), -1).float().T, heavy)
+            sums[fold].addmm_((then.float() - now.float()).reshape(len(x), -1).T, heavy)
         self.counts[fold] += len(x)
 
     @property
@@ -63,6 +73,8 @@ class Moments:
         tokens = sum(self.counts[i] for i in parts)
         found = [None if s is None else s[parts].sum(0) / max(tokens, 1) for s in (self._h, self._d, self._g)]
         found[0] = found[0].triu() + found[0].triu(1).T
+        if self._weight is not None:
+            found[2] -= self._weight @ found[0]
         if not all(t is None or torch.isfinite(t).all() for t in found):
             raise FoemError(
                 f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
@@ -160,6 +172,31 @@ def find_sum(block: nn.Module, name: str, run: Callable[[], torch.Tensor]) -> st
     return None
 
 
+@contextlib.contextmanager
+def replaced(module: nn.Module, forward: Callable):
+    """A context in which this is what the module does when it is called."""
+    before = module.__dict__.get("forward")  # some libraries give single modules a forward of their own
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextlib.contextmanager
+def silent(linear: nn.Linear):
+    """A context in which the linear does not compute: only its bias leaves it."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_zeros(()) if linear.bias is None else linear.bias
+        return out.expand(*x.shape[:-1], linear.out_features).clone()  # may be added to in place
+
+    with replaced(linear, forward):
+        yield
+
+
 def observe(block: nn.Module, names: Iterable[str], run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Name -> what `run()` feeds that module of the block; "" -> the block's output. The run is cut short when all are known."""
     wanted, seen = set(names), {}
@@ -235,11 +272,7 @@ class Known:
         def stored(out: torch.Tensor, items: int) -> Callable:
             return lambda *_, **__: (out, *[None] * (items - 1)) if items else out
 
-        modules = [self._block.get_submodule(part.name) for part in self._parts]
-        for module, (part, outputs) in zip(modules, self._parts.items()):
-            module.forward = stored(outputs[batch], part.items)
-        try:
+        with contextlib.ExitStack() as stack:
+            for part, outputs in self._parts.items():
+                stack.enter_context(replaced(self._block.get_submodule(part.name), stored(outputs[batch], part.items)))
             yield
-        finally:
-            for module in modules:
-                del module.forward

@@ -19,10 +19,8 @@ from typing import NamedTuple
 import torch
 
 from foem_vllm.capture import Means
-from foem_vllm.descent import descend
 from foem_vllm.format import QuantSpec, dequantize
-from foem_vllm.grid import refit_scales
-from foem_vllm.solver import SolverConfig, solve
+from foem_vllm.solver import SolverConfig, finish, solve
 
 FOLDS = 4
 ROWS = 256  # of a layer are enough to judge three numbers by
@@ -74,12 +72,14 @@ def drift(W: torch.Tensor, means: Means) -> torch.Tensor | None:
     return means.g if means.g is not None else None if means.d is None else W.to(means.d) @ means.d
 
 
-def sample(W: torch.Tensor, folds: list[Means], rows: int) -> tuple[torch.Tensor, list[Means]]:
-    """At most so many rows of W [N, K], evenly spread, and what `folds` say about them."""
-    if len(W) <= rows:
-        return W.to(folds[0].h), folds
-    picked = torch.linspace(0, len(W) - 1, rows, device=W.device).round().long()
-    return W[picked].to(folds[0].h), [f._replace(g=None if f.g is None else f.g[picked]) for f in folds]
+def spread(n: int, count: int) -> torch.Tensor:
+    """Indices of at most `count` of n rows, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, count)).round().long()
+
+
+def of_rows(folds: list[Means], rows: torch.Tensor) -> list[Means]:
+    """What the folds say about some rows of a layer."""
+    return [f if f.g is None else f._replace(g=f.g[rows]) for f in folds]
 
 
 def full_correction(W: torch.Tensor, means: Means, damping: float) -> torch.Tensor:
@@ -100,10 +100,10 @@ def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float
     """
     if strength is None:
         toward = length = 0.0
-        rows, parts = sample(W, folds, ROWS) if folds else (W, folds)
-        for suggests, judges in splits(parts):
-            C, held = full_correction(rows, merge(suggests), damping), merge(judges)
-            toward += float((drift(rows, held) * C).sum())
+        rows = spread(len(W), ROWS).to(W.device)
+        for suggests, judges in splits(of_rows(folds, rows)):
+            C, held = full_correction(W[rows], merge(suggests), damping), merge(judges)
+            toward += float((drift(W[rows], held) * C).sum())
             length += float(((C @ held.h) * C).sum())
         strength = min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
     if strength == 0.0 or not folds:
@@ -132,7 +132,8 @@ def choose(
         return Choice(config.alpha, config.beta, config.damping)
     axes = [GRID[name] if name in auto else (getattr(config, name),) for name in PLAIN]
     candidates = sorted(itertools.product(*axes), key=lambda c: (sum(a != b for a, b in zip(c, PLAIN.values())), c))
-    rows, folds = sample(W, folds, ROWS)
+    picked = spread(len(W), ROWS).to(W.device)
+    rows, folds = W[picked].to(folds[0].h), of_rows(folds, picked)
     results = {c: [] for c in candidates}
     for suggests, judges in splits(folds):
         means = merge(suggests)
@@ -163,17 +164,19 @@ def choose(
 
 
 def descent_helps(W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: SolverConfig, strength: float = 0.0) -> bool:
-    """Whether coordinate descent on the codes of W [N, K] lowers the score on a fold that it has not seen (the last one)."""
+    """Whether coordinate descent on the codes of W [N, K] lowers the score on a fold that it has not seen (the last one).
+
+    Nor have the codes that it starts from: against codes made with that fold, no descent looks good on it.
+    """
     if len(folds) < 2:
         return False
-    rows, folds = sample(W, folds, DESCENT_ROWS)
-    means, held = merge(folds[:-1]), folds[-1]
-    target = correct(rows, [means], config.damping, strength).target if strength else rows
-    without = solve(rows, means.h, spec, replace(config, descent=False), means.d, target).quantized
-    moved, _ = descend(without, spec, target, means.h)
-    if config.refit:
-        moved = refit_scales(moved, spec, target, means.h, config.scale_dtypes)
-    before, after = (score(dequantize(q, spec).to(rows) - rows, rows, held).sum() for q in (without, moved))
+    rows = spread(len(W), DESCENT_ROWS).to(W.device)
+    W, folds = W[rows].to(folds[0].h), of_rows(folds, rows)
+    seen, held = merge(folds[:-1]), folds[-1]
+    target = correct(W, [seen], config.damping, strength).target if strength else W
+    start = solve(W, seen.h, spec, replace(config, descent=False, refit=False), seen.d, target).quantized
+    results = (finish(start, spec, target, seen.h, replace(config, descent=descent)) for descent in (False, True))
+    before, after = (score(dequantize(q, spec).to(W) - W, W, held).sum() for q in results)
     return bool(after < before)
 
 

@@ -229,11 +229,14 @@ def solve(
         None if spec.symmetric else zeros.T.contiguous().to(torch.uint8),
         g_idx,
     )
+    return Solved(finish(quantized, spec, aim, H, config), damping, notes)
+
+
+def finish(q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor, config: SolverConfig) -> Quantized:
+    """q after what config has in store for codes that are all known: descent, then refit."""
     if config.descent:
-        quantized, _ = descend(quantized, spec, aim, H)
-    if config.refit:
-        quantized = refit_scales(quantized, spec, aim, H, config.scale_dtypes)
-    return Solved(quantized, damping, notes)
+        q, _ = descend(q, spec, target, H)
+    return refit_scales(q, spec, target, H, config.scale_dtypes) if config.refit else q
 
 
 def layer_loss(delta: torch.Tensor, H: torch.Tensor) -> float:
