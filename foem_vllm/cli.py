@@ -34,6 +34,30 @@ def _number_or_auto(value: str) -> float | str:
         raise typer.BadParameter(f"{value!r} is neither a number nor {AUTO}") from None
 
 
+def _method(*flags: str, **how) -> typer.models.OptionInfo:
+    return typer.Option(*flags, rich_help_panel="Method", **how)
+
+
+def _calibration(*flags: str, **how) -> typer.models.OptionInfo:
+    return typer.Option(*flags, rich_help_panel="Calibration", **how)
+
+
+def _auto(help: str) -> typer.models.OptionInfo:
+    return _method(help=help, parser=_number_or_auto, metavar="NUMBER|auto")
+
+
+# What several commands take.
+Model = Annotated[str, typer.Argument(help="Model folder, or hub name such as Qwen/Qwen3-0.6B.")]
+GroupSize = Annotated[int, _method(help="Columns that share a scale; -1 for a whole row.")]
+Source = Annotated[str, _calibration("--calibration", help="Hub data set, or a .txt, .jsonl, .json.gz or .parquet file.")]
+Samples = Annotated[int, _calibration(help="Sequences.")]
+SeqLen = Annotated[int, _calibration(help="Tokens a sequence.")]
+TextColumn = Annotated[str, _calibration(help="Field or column that holds the text.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"foem-vllm {__version__}")
@@ -49,126 +73,63 @@ def root(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Model folder, or hub name such as Qwen/Qwen3-0.6B.")],
+    model: Model,
     out: Annotated[pathlib.Path, typer.Argument(help="New folder for the checkpoint.")],
     preset: Annotated[
-        str | None,
-        typer.Option(help=f"{' | '.join(PRESETS)}; default {DEFAULT_PRESET} unless a method is named.", rich_help_panel="Method"),
+        str | None, _method(help=f"{' | '.join(PRESETS)}; default {DEFAULT_PRESET} unless a method is named.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"As in its paper, nothing more: {' | '.join(METHODS)}", rich_help_panel="Method")
-    ] = None,
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.", rich_help_panel="Method")] = DEFAULTS.bits,
-    group_size: Annotated[
-        int, typer.Option(help="Columns that share a scale; -1 for a whole row.", rich_help_panel="Method")
-    ] = DEFAULTS.group_size,
-    asym: Annotated[bool, typer.Option("--asym", help="Asymmetric grid, with zero points.", rich_help_panel="Method")] = False,
+    method: Annotated[str | None, _method(help=f"As in its paper, nothing more: {' | '.join(METHODS)}")] = None,
+    bits: Annotated[int, _method(help="2, 3, 4 or 8.")] = DEFAULTS.bits,
+    group_size: GroupSize = DEFAULTS.group_size,
+    asym: Annotated[bool, _method("--asym", help="Asymmetric grid, with zero points.")] = False,
     act_order: Annotated[
-        str | None,
-        typer.Option(
-            help="none; group (GAR: better weights, no cost in serving); static; full (desc_act).", rich_help_panel="Method"
-        ),
+        str | None, _method(help="none; group (GAR: better weights, no cost in serving); static; full (desc_act).")
     ] = None,
     alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the input-drift term (gptaq, foem+gptaq: 0.25), or auto: per layer, on held-out text.",
-            parser=_number_or_auto,
-            metavar="NUMBER|auto",
-            rich_help_panel="Method",
-        ),
+        float | None, _auto("Weight of the input-drift term (gptaq, foem+gptaq: 0.25), or auto: per layer, on held-out text.")
     ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the first-order term (foem, foem+gptaq: 0.2), or auto.",
-            parser=_number_or_auto,
-            metavar="NUMBER|auto",
-            rich_help_panel="Method",
-        ),
-    ] = None,
-    damp: Annotated[
-        float | None,
-        typer.Option(
-            help="Damping, as a fraction of the Hessian's mean diagonal (0.05), or auto.",
-            parser=_number_or_auto,
-            metavar="NUMBER|auto",
-            rich_help_panel="Method",
-        ),
-    ] = None,
+    beta: Annotated[float | None, _auto("Weight of the first-order term (foem, foem+gptaq: 0.2), or auto.")] = None,
+    damp: Annotated[float | None, _auto("Damping, as a fraction of the Hessian's mean diagonal (0.05), or auto.")] = None,
     form: Annotated[
-        str,
-        typer.Option(
-            help="First-order term as published (by the authors' code) or consistent (every column).", rich_help_panel="Method"
-        ),
+        str, _method(help="First-order term as published (by the authors' code) or consistent (every column).")
     ] = DEFAULTS.form,
-    grid: Annotated[
-        str | None,
-        typer.Option(help="Range of a group: minmax, or search (better weights, no cost in serving).", rich_help_panel="Method"),
-    ] = None,
-    refit: Annotated[
-        bool | None,
-        typer.Option("--refit/--no-refit", help="Scales once more when all codes are known.", rich_help_panel="Method"),
-    ] = None,
+    grid: Annotated[str | None, _method(help="Range of a group: minmax, or search (better weights, no cost in serving).")] = None,
+    refit: Annotated[bool | None, _method("--refit/--no-refit", help="Scales once more when all codes are known.")] = None,
     descent: Annotated[
         bool | None,
-        typer.Option(
-            "--descent/--no-descent",
-            help="Codes once more, one step at a time, in layers where held-out text agrees.",
-            rich_help_panel="Method",
-        ),
+        _method("--descent/--no-descent", help="Codes once more, one step at a time, in layers where held-out text agrees."),
     ] = None,
     correct: Annotated[
         float | None,
-        typer.Option(
-            help="Aim at the original model's outputs although the inputs have drifted: 0 to 1, or auto: per layer.",
-            parser=_number_or_auto,
-            metavar="NUMBER|auto",
-            rich_help_panel="Method",
-        ),
+        _auto("Aim at the original model's outputs although the inputs have drifted: 0 to 1, or auto: per layer."),
     ] = None,
     guided: Annotated[
         bool | None,
-        typer.Option(
-            "--guided/--no-guided",
-            help="Weight tokens by the gradient of the task loss: one backward pass over the text.",
-            rich_help_panel="Method",
-        ),
+        _method("--guided/--no-guided", help="Weight tokens by the gradient of the task loss: one backward pass over the text."),
     ] = None,
     finetune_scales: Annotated[
         bool | None,
-        typer.Option(
+        _method(
             "--finetune-scales/--no-finetune-scales",
             help="Tune the scales against the original model's logits, codes fixed; kept if held-out text agrees.",
-            rich_help_panel="Method",
         ),
     ] = None,
-    calibration_source: Annotated[
-        str,
-        typer.Option(
-            "--calibration", help="Hub data set, or a .txt, .jsonl, .json.gz or .parquet file.", rich_help_panel="Calibration"
-        ),
-    ] = calibration.DEFAULT,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.", rich_help_panel="Calibration")] = DEFAULTS.split,
-    text_column: Annotated[
-        str, typer.Option(help="Field or column that holds the text.", rich_help_panel="Calibration")
-    ] = DEFAULTS.text_column,
+    calibration_source: Source = calibration.DEFAULT,
+    split: Annotated[str, _calibration(help="Split of a hub data set.")] = DEFAULTS.split,
+    text_column: TextColumn = DEFAULTS.text_column,
     chat_template: Annotated[
-        bool,
-        typer.Option("--chat-template", help="Put every document into the model's chat template.", rich_help_panel="Calibration"),
+        bool, _calibration("--chat-template", help="Put every document into the model's chat template.")
     ] = False,
-    samples: Annotated[int, typer.Option(help="Sequences.", rich_help_panel="Calibration")] = DEFAULTS.samples,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.", rich_help_panel="Calibration")] = DEFAULTS.seq_len,
-    seed: Annotated[int, typer.Option(help="Which part of the text is used.", rich_help_panel="Calibration")] = DEFAULTS.seed,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")] = None,
+    samples: Samples = DEFAULTS.samples,
+    seq_len: SeqLen = DEFAULTS.seq_len,
+    seed: Annotated[int, _calibration(help="Which part of the text is used.")] = DEFAULTS.seed,
+    device: Device = None,
     checkpoint_format: Annotated[str | None, typer.Option("--format", help="gptq or gptq_v2; default: by symmetry.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Regular expression of linears to leave as they are; repeatable.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
 ) -> None:
     """Quantize a model into a GPTQ-format checkpoint that vLLM serves."""
     config = QuantizeConfig(
@@ -253,18 +214,16 @@ def analyze(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="Quantized checkpoint folder.")],
     source: Annotated[str, typer.Option(help="The model it was made from: folder or hub name.")],
     text: Annotated[str, typer.Option(help="Held-out text: a .txt, .jsonl, .json.gz or .parquet file, or a hub data set.")],
-    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = DEFAULTS.text_column,
+    text_column: TextColumn = DEFAULTS.text_column,
     sequences: Annotated[int, typer.Option(help="Sequences; more of them narrow the intervals.")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Which part of the text is used.")] = 0,
     output: Annotated[pathlib.Path, typer.Option(help="Folder for analysis.json and analysis.png.")] = pathlib.Path(
         "foem_analysis"
     ),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")] = False,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
 ) -> None:
     """Split the loss change of every quantized linear into first order, second order and remainder, on held-out text."""
     from foem_vllm import analysis_report
@@ -310,7 +269,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Argument(help="Model folder, or hub name such as Qwen/Qwen3-0.6B.")],
+    model: Model,
     out: Annotated[pathlib.Path, typer.Option(help="Folder for results.json, tables and plots; an earlier one is continued.")],
     evaluation: Annotated[
         str | None, typer.Option(help="Held-out text, a .txt or .jsonl file; needed.", rich_help_panel="Measuring")
@@ -323,19 +282,14 @@ def compare(
         ),
     ] = ["rtn,gptq,foem"],  # noqa: B006  typer copies it
     bits: Annotated[str, typer.Option(help="Comma separated: 2, 3, 4, 8.")] = "4",
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for a whole row.")] = DEFAULTS.group_size,
+    group_size: GroupSize = DEFAULTS.group_size,
     seeds: Annotated[str, typer.Option(help="Choices of calibration text, comma separated.")] = "0",
     baseline: Annotated[
         str | None, typer.Option(help="Method of the paired differences and ratios of KL, with bootstrap intervals.")
     ] = None,
-    calibration_source: Annotated[
-        str,
-        typer.Option(
-            "--calibration", help="Hub data set, or a .txt, .jsonl, .json.gz or .parquet file.", rich_help_panel="Calibration"
-        ),
-    ] = calibration.DEFAULT,
-    samples: Annotated[int, typer.Option(help="Sequences.", rich_help_panel="Calibration")] = DEFAULTS.samples,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.", rich_help_panel="Calibration")] = DEFAULTS.seq_len,
+    calibration_source: Source = calibration.DEFAULT,
+    samples: Samples = DEFAULTS.samples,
+    seq_len: SeqLen = DEFAULTS.seq_len,
     sequences: Annotated[
         int | None, typer.Option(help="A seeded choice of so many; default: the whole split.", rich_help_panel="Measuring")
     ] = None,
@@ -348,10 +302,8 @@ def compare(
         ),
     ] = "all",
     dev_sequences: Annotated[int, typer.Option(help="Size of the dev part.", rich_help_panel="Measuring")] = 128,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
-    ] = False,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     peers_folder: Annotated[
         pathlib.Path | None,
         typer.Option(help="Where GPTQModel's and AutoRound's environments are, or go; default: ~/.cache/foem-vllm/peers."),

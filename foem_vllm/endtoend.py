@@ -30,8 +30,7 @@ CHUNK = 16  # batches at most whose block inputs are in memory at once: each chu
 GRAPH_BYTES = 2 << 30  # of what operations keep for their gradients
 SEQUENCES_A_STEP = 4
 HELD_OUT = 8  # one sequence in so many judges and is not tuned on
-LEARNING_RATE = 5e-3  # relative change of a scale a step
-PASSES = 1
+LEARNING_RATE = 2e-3  # relative change of a scale a step
 
 
 class Head:
@@ -205,34 +204,29 @@ def tune_scales(
 
     keep = len(blocks) * graph_bytes(run(0), pick(inputs.hidden, tuned_on[:SEQUENCES_A_STEP])) <= GRAPH_BYTES
     before = judge()
-    best, kept = before, {n: s.clone() for n, s in stack.rounded(scale_dtypes).items()}
+    step_done("tuning scales")
     generator = torch.Generator().manual_seed(seed)
-    steps, done = PASSES * -(-len(tuned_on) // SEQUENCES_A_STEP), 0
-    for number in range(PASSES):
-        step_done(f"tuning scales, pass {number + 1} of {PASSES}")
-        order = [tuned_on[i] for i in torch.randperm(len(tuned_on), generator=generator).tolist()]
-        for part in _parts(order):
-            hidden, segments = pick(inputs.hidden, part), []
-            for index in range(len(blocks)):
-                segments.append(Segment(run(index), hidden, keep))
-                hidden = segments[-1].out
-            with torch.enable_grad():
-                hidden = hidden.requires_grad_(True)
-                divergence(part, hidden).backward()
-            gradient = hidden.grad
-            rate = LEARNING_RATE * min(1.0, (done + 1) / 5) * (1 - done / steps)
-            for index in reversed(range(len(blocks))):
-                gradient = segments.pop().backward(gradient, run(index))
-                stack.update(index, rate, done + 1)
-            done += 1
-        exact = stack.factors
-        rounded = stack.rounded(scale_dtypes)
-        stack.use(rounded)
-        score = judge()
-        stack.factors = exact
-        if score < best:
-            best, kept = score, rounded
-    return Tuned(kept, before, best)
+    order = [tuned_on[i] for i in torch.randperm(len(tuned_on), generator=generator).tolist()]
+    parts = list(_parts(order))
+    for step, part in enumerate(parts):
+        hidden, segments = pick(inputs.hidden, part), []
+        for index in range(len(blocks)):
+            segments.append(Segment(run(index), hidden, keep))
+            hidden = segments[-1].out
+        with torch.enable_grad():
+            hidden = hidden.requires_grad_(True)
+            divergence(part, hidden).backward()
+        gradient = hidden.grad
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 5) * (1 - step / len(parts))
+        for index in reversed(range(len(blocks))):
+            gradient = segments.pop().backward(gradient, run(index))
+            stack.update(index, rate, step + 1)
+    tuned = stack.rounded(scale_dtypes)
+    stack.use(tuned)
+    after = judge()
+    if after < before:
+        return Tuned(tuned, before, after)
+    return Tuned({n: q.scales for n, q in quantized.items()}, before, before)
 
 
 def _parts(sequences: list) -> Iterator[list]:

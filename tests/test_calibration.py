@@ -1,8 +1,15 @@
-"""Which windows of the calibration text are used, on a tokenizer whose tokens are the words' numbers."""
+"""Which windows of the calibration text are used, on a tokenizer whose tokens are the words' numbers; kinds of files."""
 
+import gzip
+import json
+
+import pyarrow.parquet
 import pytest
+import torch
+import transformers
+from tiny_models import CALIBRATION, TINYLM
 
-from foem_vllm.calibration import sample_tokens
+from foem_vllm.calibration import read_texts, sample_tokens
 from foem_vllm.errors import FoemError
 
 END = 0
@@ -114,3 +121,34 @@ def test_too_little_text_names_both_numbers():
 def test_chat_without_template():
     with pytest.raises(FoemError, match="--chat-template"):
         sample_tokens(["1 2 3"], Numbers(), 1, 2, 0, chat=True)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json.gz", "parquet"])
+def test_calibration_files(suffix, tmp_path):
+    """The same documents from every kind of file; .txt is one document."""
+    texts = [f"document {i} says something" for i in range(40)]
+    path = tmp_path / f"text.{suffix}"
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    if suffix == "txt":
+        path.write_text("\n".join(texts))
+        assert list(read_texts(str(path))) == ["\n".join(texts)]
+        return
+    if suffix == "jsonl":
+        path.write_text(lines)
+    elif suffix == "json.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    assert list(read_texts(str(path))) == texts
+
+
+def test_sample_tokens_are_whole_windows_of_the_text():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINYLM)
+    texts = list(read_texts(str(CALIBRATION)))[:30]
+    a, b, c = (sample_tokens(texts, tokenizer, 4, 32, seed) for seed in (0, 0, 1))
+    assert a.shape == (4, 32) and torch.equal(a, b) and not torch.equal(a, c)
+    whole = "".join(texts)
+    piece = tokenizer.decode(a[0][a[0] != 0][5:15])
+    assert piece in whole
+    chat = sample_tokens([t[:60] for t in texts], tokenizer, 4, 32, 0, chat=True)
+    assert "<|im_start|>" in tokenizer.decode(chat.flatten())
