@@ -66,27 +66,44 @@ def find_grid(
 def refit_scales(
     q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
 ) -> Quantized:
-    """q with the scales that bring it closest to target [N, K] under H [K, K], codes and zero points unchanged.
+    """q with the scales, and zero points at most one away, that bring it closest to target [N, K] under H [K, K]; same codes.
 
-    One group after the other, in closed form: with V = codes - zero of group g, s_g += [(target - Q) H]_g V^T / (V H_gg V^T).
-    A scale stays where its rounded new value would not lower tr((Q - target) H (Q - target)^T).
+    One group after the other, in closed form. With V = codes - zero of group g and R = [(target - Q) H]_g, moving the zero point
+    by d and the scale by t changes tr((Q - target) H (Q - target)^T) by
+
+        (s d)^2 1 H_gg 1^T + 2 s d R 1^T  +  t^2 U H_gg U^T - 2 t (R + s d 1 H_gg) U^T,  U = V - d
+
+    whose best t is rounded to what a scale can be. A group stays as it is where that would not lower it.
     """
     n, k = target.shape
     scales = q.scales.to(H).clone()
+    zeros = None if q.zeros is None else q.zeros.to(H)
     grid = dequantize(q._replace(scales=torch.ones_like(scales)), spec).to(H)  # codes - zero
     group = torch.arange(k, device=H.device) // (k // scales.shape[1]) if q.g_idx is None else q.g_idx.to(H.device)
     residual = (target.to(H) - dequantize(q, spec).to(H)) @ H
     for g in range(scales.shape[1]):
         columns = (group == g).nonzero().squeeze(1)
-        V = grid[:, columns]
-        toward = (residual[:, columns] * V).sum(1)
-        curve = ((V @ H[columns][:, columns]) * V).sum(1)
-        new = round_scales(scales[:, g] + torch.where(curve > 0, toward / curve, 0), dtypes)
-        step = new - scales[:, g]
-        step = torch.where(step * (step * curve - 2 * toward) < 0, step, 0)
-        scales[:, g] += step
-        residual -= (step[:, None] * V) @ H[columns]
-    return q._replace(scales=scales.to(q.scales.dtype))
+        V, R, scale = grid[:, columns], residual[:, columns], scales[:, g].clone()
+        Hg = H[columns][:, columns]
+        least = torch.zeros_like(scale)
+        best, moved = scale.clone(), torch.zeros_like(scale)
+        for d in (0,) if zeros is None else (0, 1, -1):
+            U, shift = V - d, d * scale
+            toward = (R * U).sum(1) + shift * (U @ Hg.sum(0))
+            curve = ((U @ Hg) * U).sum(1)
+            new = round_scales(scale + torch.where(curve > 0, toward / curve, 0), dtypes)
+            step = new - scale
+            change = shift.square() * Hg.sum() + 2 * shift * R.sum(1) + step * (step * curve - 2 * toward)
+            better = change < least
+            if d:
+                better &= (zeros[:, g] + d >= 0) & (zeros[:, g] + d < 1 << spec.bits)
+            least, best = torch.where(better, change, least), torch.where(better, new, best)
+            moved = torch.where(better, d, moved)
+        scales[:, g] = best
+        if zeros is not None:
+            zeros[:, g] += moved
+        residual -= (best[:, None] * (V - moved[:, None]) - scale[:, None] * V) @ H[columns]
+    return q._replace(scales=scales.to(q.scales.dtype), zeros=None if q.zeros is None else zeros.to(q.zeros.dtype))
 
 
 def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The closed-form scale refit against a scan of every scale that could be stored."""
+"""The closed-form refit of scales and zero points against a scan of everything that could be stored."""
 
 import pytest
 import torch
@@ -32,20 +32,27 @@ def storable(dtypes, around):
 
 
 def scan(q, spec, target, x, dtypes):
-    """One group after the other: of all storable scales the one with the smallest error over raw tokens, others as they are."""
+    """One group after the other: of all storable scales, and zero points at most one away, those with the smallest error over raw
+    tokens, other groups as they are."""
     scales = q.scales.double().clone()
     groups = (group_index(q.codes.shape[1], spec) if q.g_idx is None else q.g_idx).long()
-    levels = q.codes.double() - (spec.mid if q.zeros is None else q.zeros.double()[:, groups])
+    zeros = torch.full_like(scales, spec.mid) if q.zeros is None else q.zeros.double()
     for g in range(scales.shape[1]):
         for row in range(len(scales)):
             inside = groups == g
-            rest = x[:, ~inside] @ (levels * scales[:, groups])[row, ~inside] - x @ target[row]
-            own = x[:, inside] @ levels[row, inside]
+            levels = q.codes[row].double() - zeros[row, groups]
+            rest = x[:, ~inside] @ (levels * scales[row, groups])[~inside] - x @ target[row]
             values = storable(dtypes, float(scales[row, g]))
-            losses = (rest[None] + values[:, None] * own[None]).square().mean(1)
-            if losses.min() < (rest + scales[row, g] * own).square().mean():
-                scales[row, g] = values[losses.argmin()]
-    return scales
+            best = (rest + scales[row, g] * (x[:, inside] @ levels[inside])).square().mean()
+            found = scales[row, g], zeros[row, g]
+            for move in (0,) if q.zeros is None else (0, 1, -1):
+                if 0 <= zeros[row, g] + move < 1 << spec.bits:
+                    own = x[:, inside] @ (levels[inside] - move)
+                    losses = (rest[None] + values[:, None] * own[None]).square().mean(1)
+                    if losses.min() < best:
+                        best, found = losses.min(), (values[losses.argmin()], zeros[row, g] + move)
+            scales[row, g], zeros[row, g] = found
+    return scales, zeros
 
 
 CASES = [
@@ -61,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_refit_finds_the_best_storable_scale_of_every_group(case):
+def test_refit_finds_the_best_storable_grid_of_every_group(case):
     symmetric, group, order, dtypes = CASES[case]
     target, x = problem(seed=case)
     h = x.T @ x / len(x)
@@ -69,8 +76,10 @@ def test_refit_finds_the_best_storable_scale_of_every_group(case):
     before = solve(target, h, spec, SolverConfig(scale_dtypes=dtypes)).quantized
     assert (before.g_idx is not None) == (order == "full" and group != -1)
     after = refit_scales(before, spec, target, h, dtypes)
-    assert torch.equal(after.scales.double(), scan(before, spec, target, x, dtypes))
-    assert torch.equal(after.codes, before.codes) and after.zeros is before.zeros and after.g_idx is before.g_idx
+    scales, zeros = scan(before, spec, target, x, dtypes)
+    assert torch.equal(after.scales.double(), scales)
+    assert torch.equal(after.codes, before.codes) and after.g_idx is before.g_idx
+    assert after.zeros is None if symmetric else torch.equal(after.zeros, zeros.to(torch.uint8))
     assert (error(after, spec, target, x) <= error(before, spec, target, x)).all()
     assert error(after, spec, target, x).sum() < 0.99 * error(before, spec, target, x).sum()
     for dtype in dtypes:
