@@ -22,6 +22,7 @@ struct uint4 { unsigned x, y, z, w; };
 namespace emulation {
 constexpr int THREADS = 256, STACK = 1 << 16;
 struct Copy { char* to; const char* from; int bytes; };
+struct Range { const char* begin; long long bytes; };
 struct Barrier { int phase = 0, expected = 0; bool arrived = false; std::deque<Copy> copies; };
 struct Warp { unsigned generation = 0, waiting = 0; unsigned operands[32][10]; const char* rows[32]; };
 struct Fiber { ucontext_t start; jmp_buf state; std::vector<char> stack = std::vector<char>(STACK); bool started, done; };
@@ -32,6 +33,7 @@ inline std::vector<std::vector<Copy>> groups[THREADS];    // committed cp.async 
 inline std::vector<Copy> open_group[THREADS];
 inline std::vector<char> memory;
 inline std::vector<Barrier> barriers;
+inline std::vector<Range> readable;                       // global memory that copies may read
 inline jmp_buf scheduler;
 inline int thread, block, blocks;
 inline bool late, broken;
@@ -52,6 +54,12 @@ inline void meet(Warp& w, unsigned threads) {
 }
 inline Warp& my_warp() { return warps[thread / 32]; }
 inline void run(const Copy& c) { memcpy(c.to, c.from, c.bytes); }
+inline void check(const Copy& c) {
+  bool inside = false;
+  for (const Range& r : readable) inside |= r.begin && c.from >= r.begin && c.from + c.bytes <= r.begin + r.bytes;
+  broken |= !inside || c.to < memory.data() || c.to + c.bytes > memory.data() + memory.size();
+  broken |= ((uintptr_t)c.to | (uintptr_t)c.from | c.bytes) % 16 != 0;
+}
 
 // False when the threads wait for each other forever or break a rule. The order of threads and blocks must not matter:
 // `backwards` turns both around.
@@ -124,7 +132,7 @@ DEVICE void sync_threads() { emulation::meet(emulation::whole, emulation::THREAD
 DEVICE char* shared_memory() { return (char*)(((uintptr_t)emulation::memory.data() + 127) / 128 * 128); }
 
 DEVICE void copy_16(char* to, const char* from) {
-  if (((uintptr_t)to | (uintptr_t)from) % 16) emulation::broken = true;
+  emulation::check({to, from, 16});
   if (emulation::late) emulation::open_group[emulation::thread].push_back({to, from, 16});
   else emulation::run({to, from, 16});
 }
@@ -155,7 +163,7 @@ DEVICE void barrier_settle(emulation::Barrier& b) {
   if (b.arrived && b.expected == 0) b.arrived = false, ++b.phase;
 }
 DEVICE void copy_bulk(char* to, const char* from, int bytes, unsigned long long* b) {
-  if (((uintptr_t)to | (uintptr_t)from | bytes) % 16) emulation::broken = true;
+  emulation::check({to, from, bytes});
   emulation::Barrier& barrier = emulation::barriers[*b];
   if (emulation::late) return barrier.copies.push_back({to, from, bytes});
   emulation::run({to, from, bytes});

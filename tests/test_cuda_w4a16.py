@@ -22,17 +22,21 @@ DEVICES = {80: Device((8, 0), 108, 163 << 10, 164 << 10), 86: Device((8, 6), 82,
            89: Device((8, 9), 128, 99 << 10, 100 << 10), 90: Device((9, 0), 132, 227 << 10, 228 << 10),
            100: Device((10, 0), 148, 227 << 10, 228 << 10), 120: Device((12, 0), 170, 99 << 10, 100 << 10)}
 # m, n, k, group size, dtype, zeros, act-order, bias, fp32 scales, GPU, multiprocessors. Every number of column tiles, tails of
-# N and K, tiles with one owner and with many, both kinds of asynchronous copy.
-CASES = [(1, 128, 512, 128, torch.bfloat16, 0, 0, 1, 0, 90, 1), (1, 75, 1344, 64, torch.float16, 1, 1, 0, 0, 90, 2),
+# N and K, tiles with one owner and with many, more steps than stages, both kinds of asynchronous copy.
+CASES = [(1, 128, 512, 128, torch.bfloat16, 0, 0, 1, 0, 90, 1), (1, 75, 1344, 64, torch.float16, 1, 1, 0, 0, 90, 3),
          (8, 129, 256, 32, torch.bfloat16, 1, 1, 1, 0, 80, 1), (9, 200, 704, 704, torch.bfloat16, 1, 0, 1, 1, 80, 3),
-         (16, 256, 1024, 128, torch.float16, 1, 0, 1, 0, 90, 1), (17, 300, 384, 128, torch.bfloat16, 1, 0, 1, 0, 90, 2),
+         (16, 256, 1536, 128, torch.float16, 1, 0, 1, 0, 90, 7), (17, 300, 384, 128, torch.bfloat16, 1, 0, 1, 0, 90, 2),
          (24, 130, 320, 64, torch.float16, 0, 0, 0, 1, 80, 3), (31, 128, 192, 32, torch.bfloat16, 1, 1, 1, 0, 90, 1),
          (33, 385, 256, 64, torch.float16, 1, 0, 1, 0, 89, 4), (32, 1, 64, 64, torch.bfloat16, 0, 0, 1, 0, 90, 132),
-         (3, 128, 4096, 128, torch.float16, 0, 0, 0, 0, 90, 7), (5, 640, 256, 256, torch.float16, 0, 0, 1, 0, 80, 1)]
+         (3, 128, 4096, 128, torch.float16, 0, 0, 0, 0, 90, 1), (5, 640, 256, 256, torch.float16, 0, 0, 1, 0, 80, 1)]
 HOST_CODE = """
 #include "{header}"
 #include "{source}"
 template <class Kernel> bool run(const Arguments& a, int grid, int late, int backwards) {{
+  const long long elements = (long long)a.n_padded * a.k;
+  const long long scales = Kernel::GROUP_SIZE ? elements / Kernel::GROUP_SIZE : a.n_padded;
+  emulation::readable = {{{{a.x, 2LL * a.m * a.k}}, {{a.w, elements / 2}}, {{a.scales, scales * Kernel::SCALE_BYTES}},
+                         {{a.zeros, scales}}}};
   return emulation::launch(grid, Kernel::SHARED, late, backwards, [&] {{ Kernel(a).run(); }});
 }}
 extern "C" {{
@@ -94,7 +98,8 @@ class Emulated:
         self.function, self.how = function, (late, backwards)
 
     def launch(self, grid, arguments, stream):
-        assert self.function(ctypes.byref(arguments), grid, *self.how), "the threads wait for each other, or a copy is misaligned"
+        assert self.function(ctypes.byref(arguments), grid, *self.how), \
+            "threads wait for each other, or a copy is misaligned or out of bounds"
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ template <bool BF16> DEVICE void dequantize(unsigned codes, const unsigned (&off
 // BF16: x's type is bf16, not fp16. COLUMN_TILES: rows of x / 8, rounded up. GROUP: 32, 64, 128, or 0 for one per row.
 // WIDE: scales are fp32, not fp16. BULK: codes come by the copy engine of sm_90.
 template <bool BF16, int COLUMN_TILES, int GROUP, bool ZEROS, bool WIDE, int STAGES, bool BULK> struct W4A16 {
-  static constexpr int WARPS = 8, THREADS = 32 * WARPS, TOKENS = 8 * COLUMN_TILES;
+  static constexpr int WARPS = 8, THREADS = 32 * WARPS, TOKENS = 8 * COLUMN_TILES, GROUP_SIZE = GROUP;
   // More rows of W share a tile of x where x is wide, to read it less often from L2.
   static constexpr int BLOCKS = COLUMN_TILES <= 2 ? 2 : 4, SLICES = WARPS / BLOCKS;
   static constexpr int TILE_N = 64 * BLOCKS, TILE_K = 64 * SLICES;
