@@ -195,7 +195,7 @@ def test_a_bad_row_stays_alone(host):
 def test_every_code_with_every_zero(host, bf16):
     """Register r, half h of operand A: row r % 2 (of two, 8 apart), column h + 8 (r // 2); see the PTX ISA, mma.m16n8k16."""
     function = getattr(host[0], f"dequantize_{bf16}")
-    for zero_pair, byte in itertools.product(((z, 15 - z) for z in range(16)), range(256)):
+    for zero_pair, byte in itertools.product([*((z, 15 - z) for z in range(16)), (16, 63)], range(256)):
         four = [byte, 255 - byte, byte * 7 % 256, byte * 29 % 256]
         a = (ctypes.c_uint * 4)()
         function(ctypes.c_uint(int.from_bytes(bytes(four), "little")), (ctypes.c_uint * 2)(*zero_pair), a)
@@ -284,6 +284,26 @@ def test_a_mistake_is_reported_with_the_log(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_driver_is_handed(monkeypatch):
+    """The offsets are those of CUlaunchConfig and CUlaunchAttribute in cuda.h on 64-bit machines."""
+    assert [getattr(nvrtc._Launch, f).offset for f, _ in nvrtc._Launch._fields_] == [0, 12, 24, 32, 40, 48]
+    assert nvrtc._Attribute.value.offset == 8 and ctypes.sizeof(nvrtc._Attribute) == 72
+    calls = []
+
+    class Driver:
+        def __getattr__(self, name):
+            return lambda *arguments: calls.append((name, arguments)) or 0
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    function = nvrtc.Function(b"code", "w4a16", 1000, 256, dependent=True)
+    assert calls[2][1][1:] == (8, 1000)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    function.launch(7, Arguments(x=1, m=5, k=64), 1234)
+    name, (config, _, parameters, _) = calls[3]
+    c = config._obj
+    assert name == "cuLaunchKernelEx" and (*c.grid, *c.block) == (7, 1, 1, 256, 1, 1) and (c.shared, c.stream) == (1000, 1234)
+    assert c.count == 1 and (c.attributes[0].id, c.attributes[0].value) == (6, 1)  # programmatic stream serialization
+    assert parameters[0] is not None
+
+
 @pytest.mark.parametrize("change, reason", [
     ({"bits": 8}, "4-bit"), ({"dtype": torch.float32}, "float16 or bfloat16"), ({"group_size": 16}, "groups of 32"),
     ({"k": 96, "group_size": 96}, "divisible by 64"), ({"k": 192, "group_size": 128}, "divisible"),
@@ -306,6 +326,17 @@ def test_refuses_without_a_gpu_or_an_old_one(monkeypatch):
     assert "libnvrtc" in CudaW4A16().supports(p)
     monkeypatch.setattr(nvrtc, "compiler", lambda: "nvrtc 13.0")
     assert CudaW4A16().supports(p) is None
+
+
+def test_zeros_that_do_not_fit_are_refused():
+    p = Problem(64, 64, 4, 64, False, torch.float16, "cuda")
+    for largest in (63, 64):
+        given = torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 1), torch.full((64, 1), largest), None, p
+        if largest == 63:
+            assert int(CudaW4A16().prepare(*given)["zeros"].max()) == 63
+        else:
+            with pytest.raises(ValueError, match="below 64, found 64"):
+                CudaW4A16().prepare(*given)
 
 
 def test_the_op_has_a_shape_without_running():

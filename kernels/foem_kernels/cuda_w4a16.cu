@@ -110,7 +110,7 @@ DEVICE float load_from_l2(const float* p) {
 }
 #endif
 
-// Both halves of a word: minus (128 + zero) in bf16, minus (64 + zero) in fp16.
+// Both halves of a word: minus (128 + zero) in bf16, minus (64 + zero) in fp16; zero below 64.
 template <bool BF16> DEVICE unsigned offset_of(unsigned zero) {
   const unsigned both = zero << 16 | zero;
   return BF16 ? 0xC300C300u | both : 0xD400D400u | both << 4;
