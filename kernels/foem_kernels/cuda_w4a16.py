@@ -1,8 +1,8 @@
 """INT4 weights times few rows of fp16 or bf16 activations (M <= 32: decoding) in CUDA C++: plan, launch and the torch op.
 
 Not measured on any GPU: it has compiled (no spills) and its C++ has computed right numbers under emulation on a CPU, no
-more. So it must stand behind triton_w4a16 in the registry, where only FOEM_KERNEL=cuda_w4a16 selects it, until a measured
-GPU shows it to be faster; what does not come out faster is to be removed.
+more. So it must stand behind triton_w4a16 in the registry, which takes all that this one takes: where Triton is installed
+only FOEM_KERNEL=cuda_w4a16 selects it, until a measured GPU shows it to be faster; if none does, it is to be removed.
 
 The device code, cuda_w4a16.cu, is compiled when weights are prepared, for every number of rows, so that serving never
 stops to compile. Weights are stored as triton_w4a16 stores them: one copy can serve both kernels. Larger M runs as several
