@@ -13,7 +13,7 @@ additions, on whether M is below 9, 17 or 25. The counters in the weights are ze
 in two streams at once. On sm_90 a launch begins to read codes while the kernel ahead of it in the stream still runs
 (programmatic dependent launch), so that kernel must not be the one that writes them.
 
-Compiled by NVRTC 12.9 and 13.5 for sm_80 and sm_90, all 128 specializations each: no spills, 105 to 250 registers. On sm_90 a
+Compiled by NVRTC 12.9 and 13.5 for sm_80 and sm_90, all 128 specializations each: no spills, at most 250 registers. On sm_90 a
 warp executes 247 instructions for 64 x 64 codes with one column tile, 280 with two, 348 with four (group 128, symmetric).
 
 Left out: wgmma (at N = 8 columns mma.sync moves no more data), clusters (132 multiprocessors do not divide into them),
