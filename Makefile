@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check train-tinylm peers-compare peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench train-tinylm peers-compare peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,8 +21,11 @@ test: setup      ## run the tests (ARGS="tests/test_eval.py -k name" for some of
 lint: setup      ## ruff
 	$(RUN) -m ruff check .
 
-gpu-check:       ## check and time the kernels on an NVIDIA GPU; needs only torch, triton, transformers, safetensors
+gpu-check:       ## check kernels, quantizer and serving on an NVIDIA GPU; nothing need be installed (ARGS="--steps serve --vllm-site DIR")
 	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/gpu_check.py $(ARGS)
+
+bench:           ## time the kernels beside dense products and public INT4 kernels (ARGS="--peers DIR", or "--device cpu")
+	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/bench.py $(ARGS)
 
 train-tinylm: setup  ## train the demo's model again (an hour on two cores; overwrites eval/tinylm/qwen3)
 	cd eval/tinylm && ../../$(RUN) corpus.py && ../../$(RUN) train.py --out qwen3
