@@ -41,7 +41,6 @@ class BlockSolver:
     ):
         self.recipe, self.scale_dtypes, self.inputs, self.original = recipe, scale_dtypes, inputs, original
         self.guidance = guidance
-        self.folds = selection.FOLDS if recipe.auto or recipe.correct is None or (recipe.solver and recipe.solver.descent) else 1
         self._found: dict[tuple, object] = {}  # what trials showed
 
     def solve(
@@ -88,8 +87,8 @@ class BlockSolver:
         spec, solver = recipe.spec, replace(recipe.solver, scale_dtypes=self.scale_dtypes)
         means = moments.means(name=", ".join(prefix + n for n in linears))
         stacked = torch.cat([m.weight.float() for m in linears.values()])
-        folds = moments.folds()
         target, choice, strength = stacked, None, recipe.correct
+        folds = moments.folds() if strength != 0 or recipe.auto or solver.descent else []
         if strength != 0:
             target, strength = selection.correct(stacked, folds, solver.damping, strength)
         if recipe.auto:
@@ -178,7 +177,7 @@ class BlockSolver:
         token_weights = self._token_weights(index, {n: block.get_submodule(n).out_features for n in stage})
         weight = None if shown is None or place is None else linear.weight
         moments = capture.Moments(
-            linear.in_features, linear.weight.device, self.folds, shown is not None and weight is None, weight
+            linear.in_features, linear.weight.device, selection.FOLDS, shown is not None and weight is None, weight
         )
         kept = []
         at = first if place is None else place
@@ -192,7 +191,7 @@ class BlockSolver:
                     "or --exclude it"
                 )
             if first in now:  # else none of the batch's tokens is routed to it
-                moments.add(b % self.folds, now[first], now[at], then, token_weights[b] if token_weights else None)
+                moments.add(b % selection.FOLDS, now[first], now[at], then, token_weights[b] if token_weights else None)
             if keep:
                 kept.append(now.get(first))
         return moments, kept

@@ -8,7 +8,7 @@ import transformers
 from tiny_models import CALIBRATION, CONFIGS, write_model
 from torch import nn
 
-from foem_vllm import QuantizeConfig, block, capture, pipeline, quantize
+from foem_vllm import QuantizeConfig, block, capture, pipeline, quantize, selection
 from foem_vllm.block import BlockSolver
 from foem_vllm.calibration import read_texts, sample_tokens
 from foem_vllm.checkpoint import read_linear
@@ -194,6 +194,15 @@ def test_chosen_settings_are_reported_and_the_same_every_time(llama, tmp_path):
         assert score[chosen["beta"], chosen["damping"]]["score"] == pytest.approx(-chosen["gain"], abs=1e-12)
         assert chosen["gain"] >= -1e-12
     assert report.recipe["beta"] == report.recipe["damping"] == "auto"
+
+
+def test_where_nothing_clearly_helps_auto_is_gptq_to_the_byte(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "CLEAR_GAIN", 10)
+    common = {**SMALL, "preset": None, "method": "gptq"}
+    for name, auto in (("plain", {}), ("auto", dict(alpha="auto", beta="auto", damping="auto"))):
+        quantize(llama, tmp_path / name, QuantizeConfig(**common, **auto))
+    a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "auto"))
+    assert a == b
 
 
 def test_alpha_can_be_chosen(llama, tmp_path):
