@@ -24,6 +24,8 @@ import gpu_numbers  # noqa: E402
 import gpu_serve  # noqa: E402
 from gpu_check import Step  # noqa: E402
 
+import foem_vllm.solver  # noqa: E402
+
 SMALL = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
              intermediate_size=384, vocab_size=512, max_position_embeddings=512)
 
@@ -191,6 +193,30 @@ def test_graphs_of_the_cpu_kernels(on_cpu):
     """On a CPU whose torch lacks the int4 operator no kernel is left to check, and that is not a pass."""
     passed, found = gpu_numbers.check_graphs(on_cpu)
     assert passed == bool(found["rows"]) and all(r["replay_equal"] and r["compiled_equal"] for r in found["rows"])
+
+
+def test_solver_step_compares_two_loops(on_cpu, monkeypatch):
+    loops = pytest.importorskip("foem_kernels.solver")
+    monkeypatch.setattr(gpu_numbers, "SOLVED", 256)
+    monkeypatch.setattr(gpu_numbers, "FUSED", "torch")
+    monkeypatch.setenv("FOEM_SOLVER", "torch")
+    monkeypatch.setattr(gpu_numbers.importlib.util, "find_spec", lambda name: name)
+    passed, found = gpu_numbers.check_solver(on_cpu)
+    assert passed and [r["equal_codes"] for r in found["rows"]] == [1, 1, 1] and os.environ["FOEM_SOLVER"] == "torch"
+
+    def worse(*args, solve=foem_vllm.solver.solve):
+        solved = solve(*args)
+        codes = solved.quantized.codes if next(calls) % 8 < 4 else solved.quantized.codes ^ 1
+        return solved._replace(quantized=solved.quantized._replace(codes=codes))
+    calls = iter(range(100))
+    monkeypatch.setattr(gpu_numbers, "FUSED", "cpu")
+    monkeypatch.setattr(foem_vllm.solver, "solve", worse)
+    monkeypatch.setattr(foem_vllm.solver, "pick", lambda *_: loops.quantize_block, raising=False)
+    passed, found = gpu_numbers.check_solver(on_cpu)
+    assert not passed and max(r["equal_codes"] for r in found["rows"]) < 0.1
+    monkeypatch.setattr(gpu_numbers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(gpu_numbers.Skip):
+        gpu_numbers.check_solver(on_cpu)
 
 
 def test_experts_by_torch_follow_the_definition():
