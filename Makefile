@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench train-tinylm peers-compare peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench sanitize train-tinylm peers-compare peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ gpu-check:       ## check kernels, quantizer and serving on an NVIDIA GPU; nothi
 
 bench:           ## time the kernels beside dense products and public INT4 kernels (ARGS="--peers DIR", or "--device cpu")
 	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/bench.py $(ARGS)
+
+sanitize:        ## the CPU kernels' C code under AddressSanitizer and UBSan, and valgrind where it is installed
+	gcc -O1 -g -std=gnu11 -fopenmp -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Ikernels/foem_kernels \
+	  tests/native_fuzz.c -lm -o out/native_fuzz && out/native_fuzz 2000
+	! command -v valgrind || { gcc -O1 -g -std=gnu11 -Wno-psabi -Ikernels/foem_kernels tests/native_fuzz.c -lm -o out/native_fuzz && \
+	  valgrind --error-exitcode=1 -q out/native_fuzz 50; }
 
 train-tinylm: setup  ## train the demo's model again (an hour on two cores; overwrites eval/tinylm/qwen3)
 	cd eval/tinylm && ../../$(RUN) corpus.py && ../../$(RUN) train.py --out qwen3

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 setup(
     name="foem-vllm",
@@ -14,7 +14,18 @@ setup(
     python_requires=">=3.10",
     packages=["foem_vllm", "foem_vllm.plugin", "foem_kernels", "foem_eval", "foem_eval.peers"],
     package_dir={"foem_vllm": "foem_vllm", "foem_kernels": "kernels/foem_kernels", "foem_eval": "eval/foem_eval"},
-    package_data={"foem_eval": ["tasks/*"]},
+    package_data={"foem_eval": ["tasks/*"], "foem_kernels": ["*.c", "*.h", "*.cu"]},
+    ext_modules=[
+        Extension(
+            "foem_kernels._native",
+            ["kernels/foem_kernels/cpu_w4a16.c", "kernels/foem_kernels/cpu_solver.c"],
+            depends=["kernels/foem_kernels/cpu_tile.h"],
+            # Instruction sets are chosen at run time, so a wheel runs on other machines than the one it was built on.
+            extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-Wno-psabi"],
+            extra_link_args=["-fopenmp"],
+            optional=True,  # without a C compiler CPUs are served by the slow reference kernel, which says so
+        )
+    ],
     install_requires=[
         "torch>=2.6",  # tensors; the solver and the kernels' host side
         "transformers>=5.0",  # model code that calibration runs through, tokenizers

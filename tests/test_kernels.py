@@ -162,7 +162,7 @@ def test_one_group_per_row_has_two_spellings():
 
 
 def test_an_unknown_kernel_is_refused_with_the_names(monkeypatch):
-    with pytest.raises(ValueError, match="'marlin' does not exist.*triton_w4a16, cpu_w4a16, reference"):
+    with pytest.raises(ValueError, match="'marlin' does not exist.*triton_w4a16, cuda_w4a16, cpu_w4a16, reference"):
         choose(problem(), "marlin")
     monkeypatch.setenv("FOEM_KERNEL", "marlin")
     with pytest.raises(ValueError, match="does not exist"):
@@ -189,10 +189,10 @@ def test_the_slow_choice_warns_once_with_every_reason(monkeypatch, caplog):
     monkeypatch.setattr(registry, "_logged", set())
     monkeypatch.delenv("FOEM_KERNEL", raising=False)
     caplog.set_level(logging.INFO, "foem_kernels")
-    p = problem(bits=3)
+    p = problem(group_size=20)
     for _ in range(3):
         assert choose(p).name == "reference"
-    choose(problem(bits=3, n=2 * N))  # another layer of the same kind is no news
+    choose(problem(group_size=20, n=2 * N))  # another layer of the same kind is no news
     assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
     for kernel in KERNELS[:-1]:
         assert f"{kernel.name}: {kernel.supports(p)}" in caplog.text

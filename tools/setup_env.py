@@ -3,7 +3,8 @@
     python3 tools/setup_env.py [--stack auto|cpu|gpu]
 
 Standard library only, because it runs before anything is installed. What is missing is said before the first download. A stamp in
-the environment makes a second call return at once, until setup.py, pyproject.toml, this file or the machine's GPU changes.
+the environment makes a second call return at once, until setup.py, pyproject.toml, this file, the C code or the machine's GPU
+changes.
 """
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def name_vllm(python: pathlib.Path) -> pathlib.Path | None:
 
 def stamp_text(stack: str) -> str:
     digest = hashlib.sha256(f"{stack} {ROOT}".encode())
-    for path in (ROOT / "setup.py", ROOT / "pyproject.toml", pathlib.Path(__file__).resolve()):
+    compiled = sorted((ROOT / "kernels/foem_kernels").glob("*.[ch]"))
+    for path in (ROOT / "setup.py", ROOT / "pyproject.toml", pathlib.Path(__file__).resolve(), *compiled):
         digest.update(path.read_bytes())
     return digest.hexdigest() + "\n"
 

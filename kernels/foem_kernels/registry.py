@@ -6,13 +6,14 @@ import logging
 import os
 
 from foem_kernels.cpu_w4a16 import CpuW4A16
+from foem_kernels.cuda_w4a16 import CudaW4A16
 from foem_kernels.problem import Kernel, Problem
 from foem_kernels.reference import Reference
 from foem_kernels.triton_w4a16 import TritonW4A16
 
 logger = logging.getLogger("foem_kernels")
 
-KERNELS: tuple[Kernel, ...] = (TritonW4A16(), CpuW4A16(), Reference())
+KERNELS: tuple[Kernel, ...] = (TritonW4A16(), CudaW4A16(), CpuW4A16(), Reference())
 _logged: set[tuple] = set()
 
 
