@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from foem_kernels.problem import Problem
-from foem_kernels.triton_w4a16 import Configuration, TritonW4A16, _gpu, configuration, interpreted
+from foem_kernels.triton_w4a16 import Configuration, TritonW4A16, _gpu, interpreted
 
 GROUPS = (16, 32, 64, 128)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -76,16 +76,27 @@ def prepare(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | Non
 
 def grouped_configuration(pairs: int, experts: int, all_experts: int, n: int, k: int, group_size: int,
                           capability: tuple[int, int] = (9, 0), sms: int = 132) -> Configuration:
-    """The launch of one grouped product: that of one expert's linear, on this expert's share of the GPU.
+    """The launch of one grouped product, with n rows of weights (padded to 128) for each of `experts` on this rank.
 
-    pairs: tokens times top-k, over all_experts, of which `experts` are on this rank. The block of rows is chosen two standard
-    deviations above the mean (Poisson, as if the router were fair): a row too many costs little while weights are what
-    is waited for, but an expert whose rows fill two blocks reads its weights twice. How many experts are busy is known
-    to the device alone; the host splits K as if no two pairs met.
+    pairs: tokens times top-k, over all_experts. The block of rows is two standard deviations above the mean (Poisson, as if
+    the router were fair): a row too many costs little while weights are what is waited for, but an expert whose rows fill
+    two blocks reads its weights twice. It depends on nothing else, because both products share one sorting. Tiles, warps and
+    the place of the scale: the more rows, the fewer rounds of unpacking per product. K is split while one wave of the GPU is
+    not full, as if no two pairs met, since how many experts are busy is known to the device alone; each part keeps four
+    tiles for the load pipeline, and the partial sums stay below the bytes of the weights.
     """
     mean = pairs / all_experts
+    rows = mean + 2 * math.sqrt(mean)
+    block_m = next((size for size in (16, 32, 64) if rows <= size), 128)
+    block_n = 256 if capability[0] == 9 and n % 256 == 0 and block_m >= 64 else 128
+    block_k = next(size for size in (128, 64, 32, 16) if size <= (128 if block_m <= 64 else 64) and group_size % size == 0)
+    scale = "end" if group_size == k else "after" if block_m <= 64 else "before"
     busy = max(1, min(math.ceil(mean * experts), experts))
-    return configuration(math.ceil(mean + 2 * math.sqrt(mean)), n, k, group_size, capability, max(1, sms // busy))
+    k_tiles, room = k // block_k, sms * {16: 3, 32: 2}.get(block_m, 1)
+    splits = max(1, min(room // (busy * n // block_n), k_tiles // 4, k // (16 * math.ceil(rows)), 16))
+    splits = -(-k_tiles // -(-k_tiles // splits))
+    return Configuration(block_m, block_n, block_k, splits, 4 if block_m <= 32 else 8,
+                         4 if capability[0] == 9 or block_m <= 32 else 3, scale)
 
 
 def most_blocks(pairs: int, experts: int, block_m: int) -> int:
