@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
@@ -103,26 +100,3 @@ def quantize_block(
             V.stride(0), P.stride(0) if drifts else 0, MID=1 << (bits - 1), BLOCK=block, ROWS=ROWS, SYMMETRIC=zeros is None,
             PULLS=pulls, DRIFTS=drifts, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def time_layer(solve: Callable[[], object], repeats: int = 5) -> dict[str, float]:
-    """Median milliseconds of `solve()`, which quantizes one layer on the current GPU: {"torch": ..., "triton": ...}.
-
-    The whole layer, factorization and all; each once before it is timed. FOEM_SOLVER is put back afterwards.
-    """
-    before, found = os.environ.get("FOEM_SOLVER"), {}
-    try:
-        for name in ("torch", "triton"):
-            os.environ["FOEM_SOLVER"], times = name, []
-            for _ in range(repeats + 1):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                solve()
-                torch.cuda.synchronize()
-                times.append(1e3 * (time.perf_counter() - start))
-            found[name] = statistics.median(times[1:])
-    finally:
-        os.environ.pop("FOEM_SOLVER")
-        if before is not None:
-            os.environ["FOEM_SOLVER"] = before
-    return found
