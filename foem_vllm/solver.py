@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from foem_kernels.solver import pick
 
 from foem_vllm.descent import descend
 from foem_vllm.errors import FoemError
@@ -162,10 +163,10 @@ def solve(
         W0, H1 = W0[:, order], H1[order][:, order]
         D = D[order][:, order] if D is not None else None
     U, damping, notes = factor(H1, config.damping)
-    P = (D.to(dtype) @ U.T).triu(1) @ U if drifts else None
+    P = ((D.to(dtype) @ U.T).triu(1) @ U).contiguous() if drifts else None
 
     # Columns of W are rows here, so that each is contiguous.
-    w, target = W0.T.contiguous().clone(), W0.T
+    w, target = W0.T.contiguous().clone(), W0.T.contiguous()
     if drifts and pulls and config.form == "consistent":
         target = target + alpha * (((W0 @ D.to(dtype)) @ U.T) @ U).T
     unpulled = PUBLISHED_BLOCK if config.form == "published" else k
@@ -175,42 +176,26 @@ def solve(
     if static:
         grid = find_grid(aim.view(n, -1, group), spec, config.scale_dtypes, search, H.diagonal().view(-1, group))
         scales, zeros = grid[0].T.contiguous(), grid[1].T.contiguous()
-    column_group = (order if static and order is not None else torch.arange(k, device=device)) // group
-    column_group = column_group.tolist()
+    column_group = ((order if static and order is not None else torch.arange(k, device=device)) // group).int()
     points = torch.empty_like(w)  # codes - zero
-    low, high = (-spec.mid, spec.mid - 1) if spec.symmetric else (None, None)
-    V = U / U.diagonal()[:, None]
-
-    for begin, end in blocks(k, group, config.block_size):
-        Vb, Pb = V[begin:end, begin:end], None if P is None else P[begin:end, begin:end]
-        errors = torch.empty_like(w[begin:end])
-        seen = torch.empty_like(errors) if drifts else None  # alpha times each column as it was when it was rounded
-        columns = w[begin:end].unbind()
-        for i, (column, point, error) in enumerate(zip(columns, points[begin:end].unbind(), errors.unbind())):
-            j = begin + i
-            g = column_group[j]
-            if not static and j % group == 0:
-                importance = H1.diagonal()[j : j + group]
-                scales[g], zeros[g] = find_grid(w[j : j + group].T, spec, config.scale_dtypes, search, importance)
-            scale = scales[g]
-            if not spec.symmetric:
-                low, high = -zeros[g], 2 * spec.mid - 1 - zeros[g]
-            if pulls and j % unpulled:
-                column -= beta * (column - target[j])
-            if drifts:
-                torch.mul(column, alpha, out=seen[i])
-            torch.div(column, scale, out=point).round_().clamp_(low, high)
-            torch.addcmul(column, point, scale, value=-1, out=error)
-            if pulls:
-                error -= beta * (column - target[j])
-            if i + 1 < end - begin:
-                later = w[j + 1 : end]
-                later.addr_(Vb[i, i + 1 :], error, alpha=-1)
-                if drifts:
-                    later.addr_(Pb[i, i + 1 :], seen[i])
-        w[end:].addmm_(V[begin:end, end:].T, errors, alpha=-1)
+    # Where a group's grid is found from weights that have seen all updates, a block must not go beyond the group.
+    width = config.block_size if static else min(config.block_size, group)
+    V, quantize_block = (U / U.diagonal()[:, None]).contiguous(), pick(device, dtype, width)
+    for begin, end in blocks(k, group, width):
+        block = slice(begin, end)
+        if not static and begin % group == 0:
+            g, importance = begin // group, H1.diagonal()[begin : begin + group]
+            scales[g], zeros[g] = find_grid(w[begin : begin + group].T, spec, config.scale_dtypes, search, importance)
+        errors = torch.empty_like(w[block])
+        seen = torch.empty_like(errors) if drifts else None
+        quantize_block(
+            w[block], V[block, block], points[block], errors, scales, None if spec.symmetric else zeros, column_group[block],
+            spec.bits, beta=beta, target=target[block] if pulls else None, first=begin, unpulled=unpulled,
+            P=P[block, block] if drifts else None, alpha=alpha, seen=seen,
+        )  # fmt: skip
+        w[end:].addmm_(V[block, end:].T, errors, alpha=-1)
         if drifts:
-            w[end:].addmm_(P[begin:end, end:].T, seen)
+            w[end:].addmm_(P[block, end:].T, seen)
 
     g_idx = None
     if order is not None:
