@@ -133,6 +133,11 @@ def _gpu(index: int) -> tuple[tuple[int, int], int]:
     return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def most_registers(capability: tuple[int, int]) -> int | None:
+    """What a thread may use. On sm_80 and sm_89 ptxas, left alone, spills a few registers of some forms to run more blocks."""
+    return 255 if capability[0] == 8 else None
+
+
 @functools.cache
 def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
@@ -155,12 +160,14 @@ def launch(x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, zeros: torch.
     if not m:
         return y
     out = torch.empty((c.splits, m, n), dtype=torch.float32, device=x.device) if c.splits > 1 else y
+    limit = most_registers(_gpu(x.device.index)[0]) if x.is_cuda else None
     m_tiles, n_tiles, k_tiles = -(-m // c.block_m), n_padded // c.block_n, -(-k // c.block_k)
     device.w4a16[(m_tiles * n_tiles, c.splits)](
         x, w, scales, zeros, bias, out, m, n, n_padded, k, k_padded, -(-k_tiles // c.splits), m_tiles, n_tiles,
         BITS=bits, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, CHUNK=chunk,
         GROUP=0 if group_size == k else group_size, SCALE=c.scale, HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None,
-        TAIL=k % c.block_k > 0, SPLIT=c.splits > 1, PLAIN=interpreted(), num_warps=c.num_warps, num_stages=c.num_stages)
+        TAIL=k % c.block_k > 0, SPLIT=c.splits > 1, PLAIN=interpreted(), num_warps=c.num_warps, num_stages=c.num_stages,
+        maxnreg=limit)
     if c.splits > 1:
         device.reduce_splits[(-(-m * n // 512),)](out, bias, y, m, n, SPLITS=c.splits, HAS_BIAS=bias is not None, BLOCK=512,
                                                   PLAIN=interpreted(), num_warps=4)
