@@ -4,8 +4,8 @@
 
 For sm_80, 89, 90 and 100: registers, spilled bytes, shared memory, matrix instructions, and what a round of the main loop
 writes to shared memory. Needs Triton (whose wheel brings ptxas and cuobjdump) and no GPU. Rows of an earlier run with the
-same Triton and the same device code are kept, so a run that was stopped goes on. All rows: 3.5 minutes of CPU with an empty cache (EPYC).
-Of the splits of K only "one" and "several" are different kernels; 3 bits are 4 bits with another constant.
+same Triton and the same device code are kept, so a run that was stopped goes on; all rows took 3.5 minutes of CPU on an
+EPYC. Of the splits of K only "one" and "several" are different kernels; 3 bits are 4 bits with another constant.
 """
 from __future__ import annotations
 
