@@ -25,7 +25,7 @@ from foem_vllm.solver import SolverConfig, finish, solve
 FOLDS = 4
 ROWS = 256  # of a layer are enough to judge three numbers by
 CLEAR_GAIN = 0.01  # of GPTQ's score: what is left of less, after it was searched for, is noise at the model's output
-DESCENT_ROWS = 128  # and these for a yes or no
+FEW_ROWS = 128  # and these for one number, or a yes or no
 GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
 PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
 
@@ -100,7 +100,7 @@ def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float
     """
     if strength is None:
         toward = length = 0.0
-        rows = spread(len(W), ROWS).to(W.device)
+        rows = spread(len(W), FEW_ROWS).to(W.device)
         for suggests, judges in splits(of_rows(folds, rows)):
             C, held = full_correction(W[rows], merge(suggests), damping), merge(judges)
             toward += float((drift(W[rows], held) * C).sum())
@@ -170,7 +170,7 @@ def descent_helps(W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: 
     """
     if len(folds) < 2:
         return False
-    rows = spread(len(W), DESCENT_ROWS).to(W.device)
+    rows = spread(len(W), FEW_ROWS).to(W.device)
     W, folds = W[rows].to(folds[0].h), of_rows(folds, rows)
     seen, held = merge(folds[:-1]), folds[-1]
     target = correct(W, [seen], config.damping, strength).target if strength else W
