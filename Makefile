@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench sanitize train-tinylm peers-compare peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench compile-table sanitize train-tinylm peers-compare peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ gpu-check:       ## check kernels, quantizer and serving on an NVIDIA GPU; nothi
 
 bench:           ## time the kernels beside dense products and public INT4 kernels (ARGS="--peers DIR", or "--device cpu")
 	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/bench.py $(ARGS)
+
+compile-table: setup ## compile every GPU kernel for sm_80 to sm_100 and note registers, spills, wgmma (no GPU needed; minutes)
+	$(RUN) kernels/compile_table.py $(ARGS)
 
 sanitize:        ## the CPU kernels' C code under AddressSanitizer and UBSan, and valgrind where it is installed
 	gcc -O1 -g -std=gnu11 -fopenmp -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Ikernels/foem_kernels \

@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=["foem_vllm", "foem_vllm.plugin", "foem_kernels", "foem_eval", "foem_eval.peers"],
     package_dir={"foem_vllm": "foem_vllm", "foem_kernels": "kernels/foem_kernels", "foem_eval": "eval/foem_eval"},
-    package_data={"foem_eval": ["tasks/*"], "foem_kernels": ["*.c", "*.h", "*.cu"]},
+    package_data={"foem_eval": ["tasks/*"], "foem_kernels": ["*.c", "*.h", "*.cu", "tuned/*.json"]},
     ext_modules=[
         Extension(
             "foem_kernels._native",
