@@ -25,7 +25,7 @@ from foem_vllm.solver import SolverConfig, finish, solve
 FOLDS = 4
 ROWS = 256  # of a layer are enough to judge three numbers by
 CLEAR_GAIN = 0.01  # of GPTQ's score: what is left of less, after it was searched for, is noise at the model's output
-FEW_ROWS = 128  # and these for one number, or a yes or no
+FEW_ROWS = 64  # and these for one number, or a yes or no
 GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
 PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
 

@@ -66,7 +66,7 @@ def test_equals_float64(case, routing):
     e, hidden, inner, group, bits, asymmetric, ordered, dtype, top_k, activation, on_input = CASES[case]
     first, up = linear(e, 2 * inner, hidden, group if hidden % group == 0 else hidden, bits, asymmetric, ordered, dtype, 1)
     second, down = linear(e, hidden, inner, group, bits, asymmetric, ordered, dtype, 2)
-    w13, w2 = cpu_moe.prepare(*first, gated=True), cpu_moe.prepare(*second)
+    w13, w2, seen = cpu_moe.prepare(*first, gated=True), cpu_moe.prepare(*second), 0.0
     for tokens in (1, 3, 21):
         g = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, hidden, generator=g).to(dtype)
@@ -81,7 +81,8 @@ def test_equals_float64(case, routing):
         y, slack = expected(x, up, down, ids, weights, activation, on_input, expert_map, dtype)
         found = cpu_moe.experts(x, w13, w2, ids, weights, activation, on_input, expert_map)
         assert found.dtype == dtype and ((found.double() - y).abs() <= slack).all(), ((found.double() - y).abs() / slack).max()
-        assert y.abs().max() > 100 * slack.median() or dtype != torch.float32
+        seen = max(seen, float((y.abs() / slack).max()))
+    assert seen > 3  # the bound is smaller than what it bounds
 
 
 def test_no_tokens_and_bad_rows():
