@@ -58,8 +58,11 @@ class BlockSolver:
             with known.of(b):
                 return self.inputs.call(index, block, b)
 
-        trial = functools.partial(run, 0)  # of a whole batch: routed experts then show that they do not see all tokens
-        stages = self._find_stages(block, linears, trial)
+        stages = self._find_stages(block, linears, functools.partial(run, 0))
+        # Several sequences, of different batches where there are some: routed experts then show that they do not see all tokens.
+        hidden = self.inputs.hidden
+        several = torch.cat([h[:1] for h in hidden[:4]]) if len(hidden) >= 4 else hidden[0]
+        trial = functools.partial(self.inputs.run, index, block, several)
         alone = [s[0] for s in stages if len(s) == 1]
         places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
         parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone if self._can_keep(linears[n])}
