@@ -61,7 +61,8 @@ class BlockSolver:
         stages = self._find_stages(block, linears, functools.partial(run, 0))
         # Several sequences, of different batches where there are some: routed experts then show that they do not see all tokens.
         hidden = self.inputs.hidden
-        several = torch.cat([h[:1] for h in hidden[:4]]) if len(hidden) >= 4 else hidden[0]
+        several = min(4, len(hidden[0]))
+        several = torch.cat([h[:1] for h in hidden[:several]]) if len(hidden) >= several else hidden[0]
         trial = functools.partial(self.inputs.run, index, block, several)
         alone = [s[0] for s in stages if len(s) == 1]
         places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
