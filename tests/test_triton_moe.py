@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "kernels"))
 pytest.importorskip("triton")
 
+from compile_table import loop_of, stored_bytes  # noqa: E402
 from foem_kernels.problem import Problem  # noqa: E402
 from foem_kernels.triton_moe import experts, grouped_configuration, interleave, most_blocks, prepare, supports  # noqa: E402
 from foem_kernels.triton_w4a16 import chunk_of  # noqa: E402
@@ -239,28 +240,6 @@ def interpret():
     sorted_order = torch.arange(case.hidden).div(32, rounding_mode="floor").expand(case.experts, case.hidden)
     report["order dropped"] = prepared(case, (*w13[:3], sorted_order), w2)[0]["perm"] is None
     return report
-
-
-def loop_of(ptx):
-    """The PTX instructions of the main loop: the longest stretch between a label and a branch back to it."""
-    labels, found, lines = {}, [], ptx.splitlines()
-    for i, line in enumerate(lines):
-        if label := re.match(r"(\$L__BB\w+):", line):
-            labels[label[1]] = i
-        elif (branch := re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+);", line)) and branch[1] in labels:
-            found.append(lines[labels[branch[1]]:i + 1])
-    return max(found, key=len)
-
-
-def stored_bytes(loop, threads):
-    """Bytes that a thread block writes to shared memory by st.shared or stmatrix in one round of the loop (cp.async excepted)."""
-    total = 0
-    for line in loop:
-        if store := re.search(r"\bst\.shared(?:::\w+)?(?:\.v(\d))?\.[a-z](\d+)", line):
-            total += int(store[1] or 1) * int(store[2]) // 8
-        elif store := re.search(r"\bstmatrix\S*\.x(\d)", line):
-            total += int(store[1]) * 4
-    return total * threads
 
 
 def compile_all():
