@@ -97,6 +97,26 @@ def test_no_tokens_and_bad_rows():
     assert torch.isnan(found[3]).all() and torch.equal(found[[0, 1, 2, 4]], wanted[[0, 1, 2, 4]])
 
 
+@pytest.mark.parametrize("case", [1, 2])
+def test_is_one_op_for_torch_compile(case):
+    """Any number of tokens and any routing in one graph; schema, fake implementation and real one agree."""
+    e, hidden, inner, group, bits, asymmetric, ordered, dtype, top_k, activation, on_input = CASES[case]
+    w13 = cpu_moe.prepare(*linear(e, 2 * inner, hidden, group, bits, asymmetric, ordered, dtype, 1)[0], gated=True)
+    w2 = cpu_moe.prepare(*linear(e, hidden, inner, group, bits, asymmetric, ordered, dtype, 2)[0])
+
+    def layer(x, ids, weights):
+        return cpu_moe.experts(x, w13, w2, ids, weights, activation, on_input, None) + 1
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (7, 3, 30):
+        x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, top_k)
+        ids = torch.randint(0, e, (tokens, top_k))
+        assert torch.equal(compiled(x, ids, weights), layer(x, ids, weights))
+    arguments = [v for w in (w13, w2) for v in (w["weight"], w["scales"], w["zeros"], w["order"], cpu_moe._sizes(w))]
+    torch.library.opcheck(torch.ops.foem.cpu_moe, (x, *arguments, ids, weights, activation, on_input, None),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
 def test_what_does_not_fit_is_refused():
     first, _ = linear(4, 32, 16, 16, 4, False, False, torch.bfloat16, 1)
     second, _ = linear(4, 16, 16, 16, 4, False, False, torch.bfloat16, 2)

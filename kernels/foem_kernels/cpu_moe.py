@@ -2,6 +2,7 @@
 
 The same functions as triton_moe, for all widths, groups and dtypes of `CpuW4A16`. What leaves the first product is rounded to
 x's dtype, the activation is computed in float32, and a token's experts are added up in float32, in the order of topk_ids.
+One torch op does it all, because how many tokens an expert gets is known only at run time: torch.compile sees [T, hidden].
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def prepare(
     p: Problem,
     gated: bool = False,
 ) -> dict:
-    """The layout of one linear of every expert: what `CpuW4A16.prepare` gives for each, in lists, and the problem.
+    """The layout of one linear of every expert: what `CpuW4A16.prepare` gives for each, stacked, and the problem.
 
     codes [E, n, k] uint8; scales, zeros [E, n, groups]; g_idx [E, k] or None. gated: the rows are those of gate, then of up.
     Raises ValueError on shapes that do not fit `p`, and on g_idx that gives a group too many columns.
@@ -49,13 +50,81 @@ def prepare(
         raise ValueError(f"gate and up rows must be equally many, found {p.n} together")
     dense = CpuW4A16()
     parts = [dense.prepare(*(None if t is None else t[e] for t in given.values()), p) for e in range(len(codes))]
-    return {"experts": parts, "problem": p}
+    stacked = {key: None if parts[0][key] is None else torch.stack([part[key] for part in parts])
+               for key in ("weight", "scales", "zeros", "order")}  # fmt: skip
+    return {**stacked, "isa": parts[0]["isa"], "int8": parts[0]["int8"], "problem": p}
 
 
-def _one(x: torch.Tensor, prepared: dict, expert: int) -> torch.Tensor:
-    p, w = prepared["problem"], prepared["experts"][expert]
-    return cpu_w4a16(x, w["weight"], w["scales"], w["zeros"], w["order"], None, p.n, stored_bits(p.bits), p.group_size,
-                     float(p.mid), w["isa"], w["int8"])  # fmt: skip
+class _Linear:
+    """One linear of every expert, from the op's arguments; sizes: `_sizes`."""
+
+    def __init__(self, weight, scales, zeros, order, sizes: list[int]):
+        self.tensors, self.sizes = (weight, scales, zeros, order), sizes
+
+    def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        n, bits, group_size, zero, isa, int8 = self.sizes
+        weight, scales, zeros, order = (None if t is None else t[expert] for t in self.tensors)
+        return cpu_w4a16(x, weight, scales, zeros, order, None, n, bits, group_size, float(zero), isa, bool(int8))
+
+
+def _sizes(prepared: dict) -> list[int]:
+    p = prepared["problem"]
+    return [p.n, stored_bits(p.bits), p.group_size, p.mid, prepared["isa"], int(prepared["int8"])]
+
+
+def _cpu_moe(
+    x: torch.Tensor,
+    weight13: torch.Tensor,
+    scales13: torch.Tensor,
+    zeros13: torch.Tensor | None,
+    order13: torch.Tensor | None,
+    sizes13: list[int],
+    weight2: torch.Tensor,
+    scales2: torch.Tensor,
+    zeros2: torch.Tensor | None,
+    order2: torch.Tensor | None,
+    sizes2: list[int],
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    activation: str,
+    apply_router_weight_on_input: bool,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    up, down = _Linear(weight13, scales13, zeros13, order13, sizes13), _Linear(weight2, scales2, zeros2, order2, sizes2)
+    experts, (tokens, top_k) = len(weight13), topk_ids.shape
+    local = topk_ids.flatten().long()
+    if expert_map is not None:
+        known = (local >= 0) & (local < len(expert_map))
+        local = torch.where(known, expert_map.long()[local.clamp(0, len(expert_map) - 1)], -1)
+    local = torch.where((local >= 0) & (local < experts), local, experts)  # what is not here comes last and is left out
+    pairs = torch.argsort(local, stable=True)
+    counts = torch.bincount(local, minlength=experts + 1)[:experts].tolist()
+    found, start = torch.zeros(tokens, top_k, x.shape[1]), 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        mine = pairs[start : start + count]
+        start += count
+        rows, weights = x[mine // top_k], topk_weights.flatten()[mine].float()[:, None]
+        if apply_router_weight_on_input:
+            rows = (rows.float() * weights).to(x.dtype)
+        gate, lift = up(rows, expert).float().chunk(2, -1)
+        out = down((ACTIVATIONS[activation](gate) * lift).to(x.dtype), expert).float()
+        found.flatten(0, 1)[mine] = out if apply_router_weight_on_input else out * weights
+    total = torch.zeros(x.shape)
+    for place in range(top_k):
+        total += found[:, place]
+    return total.to(x.dtype)
+
+
+_library = torch.library.Library("foem", "FRAGMENT")
+_library.define(
+    "cpu_moe(Tensor x, Tensor weight13, Tensor scales13, Tensor? zeros13, Tensor? order13, int[] sizes13, Tensor weight2, "
+    "Tensor scales2, Tensor? zeros2, Tensor? order2, int[] sizes2, Tensor topk_ids, Tensor topk_weights, str activation, "
+    "bool apply_router_weight_on_input, Tensor? expert_map) -> Tensor"
+)
+_library.impl("cpu_moe", _cpu_moe, "CPU")
+torch.library.register_fake("foem::cpu_moe", lambda x, *_: torch.empty_like(x), lib=_library)
 
 
 def experts(
@@ -72,9 +141,9 @@ def experts(
     up, down = w13["problem"], w2["problem"]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    if up.n != 2 * down.k or down.n != up.k or len(w13["experts"]) != len(w2["experts"]):
+    if up.n != 2 * down.k or down.n != up.k or len(w13["weight"]) != len(w2["weight"]):
         raise ValueError(
-            f"w13 is {[len(w13['experts']), up.n, up.k]}, w2 {[len(w2['experts']), down.n, down.k]}; they must be "
+            f"w13 is {[len(w13['weight']), up.n, up.k]}, w2 {[len(w2['weight']), down.n, down.k]}; they must be "
             "[E, 2 inner, hidden] and [E, hidden, inner]"
         )
     if x.dtype != up.dtype or x.dim() != 2 or x.shape[1] != up.k:
@@ -84,22 +153,7 @@ def experts(
             f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be [{x.shape[0]}, k], "
             "k at least 1"
         )
-    local = topk_ids.long()
-    if expert_map is not None:
-        known = (local >= 0) & (local < len(expert_map))
-        local = torch.where(known, expert_map.long()[local.clamp(0, len(expert_map) - 1)], -1)
-    found = torch.zeros(*topk_ids.shape, up.k)
-    for expert in range(len(w13["experts"])):
-        token, place = (local == expert).nonzero(as_tuple=True)
-        if not len(token):
-            continue
-        rows, weights = x[token], topk_weights[token, place].float()[:, None]
-        if apply_router_weight_on_input:
-            rows = (rows.float() * weights).to(x.dtype)
-        gate, lift = _one(rows, w13, expert).float().chunk(2, -1)
-        out = _one((ACTIVATIONS[activation](gate) * lift).to(x.dtype), w2, expert).float()
-        found[token, place] = out if apply_router_weight_on_input else out * weights
-    total = torch.zeros(x.shape[0], up.k)
-    for place in range(topk_ids.shape[1]):
-        total += found[:, place]
-    return total.to(x.dtype)
+    linears = (t for w in (w13, w2) for t in (w["weight"], w["scales"], w["zeros"], w["order"], _sizes(w)))
+    return torch.ops.foem.cpu_moe(
+        x.contiguous(), *linears, topk_ids, topk_weights, activation, apply_router_weight_on_input, expert_map
+    )
