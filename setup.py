@@ -18,7 +18,7 @@ setup(
     ext_modules=[
         Extension(
             "foem_kernels._native",
-            ["kernels/foem_kernels/cpu_w4a16.c", "kernels/foem_kernels/cpu_solver.c"],
+            [f"kernels/foem_kernels/{name}.c" for name in ("cpu_w4a16", "cpu_solver", "cpu_moments")],
             depends=["kernels/foem_kernels/cpu_tile.h", "kernels/foem_kernels/cpu_dot_tiles.h"],
             # Instruction sets are chosen at run time, so a wheel runs on other machines than the one it was built on.
             extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-Wno-psabi"],

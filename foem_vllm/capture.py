@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from foem_kernels import cpu_moments
 from torch import nn
 
 from foem_vllm.errors import FoemError
@@ -51,13 +52,18 @@ class Moments:
         """x: [..., K] inputs in the quantized model. now, then: the same tokens in the quantized and in the original model:
         inputs [..., K] for d; for g the residual stream [..., N], `now` before the linear's output has joined it. weights:
         [tokens], how much each counts."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1])
+        self.counts[fold] += len(x)
+        sums = self._d if self._g is None else self._g
+        cross = None if sums is None else sums[fold]
+        now, then = (None if cross is None else a.reshape(len(x), -1) for a in (now, then))
+        if {a.dtype for a in (x, now, then) if a is not None} == {torch.bfloat16} and not cpu_moments.supports(x.device, x.dtype):
+            return cpu_moments.add(self._h[fold], x, cross, then, now, weights)
+        x = x.float()
         heavy = x if weights is None else x * weights[:, None]
         add_gram(self._h[fold], heavy, x)
-        sums = self._d if self._g is None else self._g
-        if sums is not None:
-            sums[fold].addmm_((then.float() - now.float()).reshape(len(x), -1).T, heavy)
-        self.counts[fold] += len(x)
+        if cross is not None:
+            cross.addmm_((then.float() - now.float()).T, heavy)
 
     @property
     def tokens(self) -> int:

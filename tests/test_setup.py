@@ -20,6 +20,7 @@ ORDER = ["errors", "integrity", "format", "grid", "descent", "solver", "stream",
 PURE = {"format": {"errors"}, "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
+KERNELS_OF = {("solver", "foem_kernels.solver"), ("capture", "foem_kernels.cpu_moments")}
 PLUGIN_MAY = {"foem_vllm.format", "foem_vllm.integrity", "foem_vllm.errors", "foem_vllm.plugin", "foem_vllm", "foem_kernels"}
 
 
@@ -72,7 +73,7 @@ def violations(name: str, names: set[str]) -> list[str]:
         elif package == "foem_vllm":
             own = rest.split(".")[0]
             ok = top != "vllm" and (top != "foem_eval" or own == "cli")
-            ok = ok and (top != "foem_kernels" or (own, target) == ("solver", "foem_kernels.solver"))
+            ok = ok and (top != "foem_kernels" or (own, target) in KERNELS_OF)
             if top == "foem_vllm" and head and own in ORDER:
                 ok = ok and head in ORDER and ORDER.index(head) < ORDER.index(own) and head in PURE.get(own, {head})
         else:

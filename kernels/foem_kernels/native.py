@@ -31,6 +31,9 @@ _SIGNATURES = {
     # columns, rows, threads
     "foem_cpu_quantize_block": [_POINTER, _POINTER, _LONG, *[_POINTER] * 5, _FLOAT, _POINTER, _POINTER, _LONG, _LONG, _POINTER,
                                 _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT],
+    # x, x_stride, tokens, k, weights, gram, then, then_stride, now, now_stride, n, cross, threads
+    "foem_cpu_add_moments": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER,
+                             _INT],
 }  # fmt: skip
 
 
