@@ -1,0 +1,141 @@
+"""What a checkpoint asks of whoever serves it: which modules are quantized and how, what is wrong, what a rank computes.
+
+Everything here follows from the config and the safetensors headers alone. The vLLM plugin refuses with it before anything is
+loaded, and `foem doctor` predicts with it; vLLM is not imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from foem_vllm.errors import FoemError
+from foem_vllm.format import FormatConfig, QuantSpec, stored_shapes
+
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # {tensor: (safetensors dtype, shape)}
+FLOATS = ("F16", "BF16", "F32")
+WHOLE_GROUPS = 16  # every kernel takes groups of a multiple of this many columns
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: with which tensor, what, and what to do."""
+
+    tensor: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor} {self.problem}; {self.remedy}"
+
+
+def columns_of(module: str, headers: Headers, spec: QuantSpec) -> int:
+    """Input columns of a quantized module: from its g_idx, else the number that its words and its scales both allow."""
+    g_idx = headers.get(f"{module}.g_idx")
+    if g_idx and len(g_idx[1]) == 1:
+        return g_idx[1][0]
+    words = (*headers[f"{module}.qweight"][1], 0)[0]
+    groups = (*headers.get(f"{module}.scales", ("", ()))[1], 0)[0]
+    most = words * 32 // spec.bits
+    fewest = max(most - 31 // spec.bits, 1)
+    return next((k for k in range(most, fewest - 1, -1) if spec.groups(k) == groups), most)
+
+
+def module_findings(module: str, headers: Headers, spec: QuantSpec) -> Iterator[Finding]:
+    """What is missing from the tensors of a quantized module, or of another shape or dtype than `spec` makes it."""
+    qweight = headers[f"{module}.qweight"]
+    for key, (shape, dtype) in stored_shapes(spec, columns_of(module, headers, spec), (*qweight[1], 0)[-1]).items():
+        tensor = f"{module}.{key}"
+        if tensor not in headers:
+            if key != "g_idx" or spec.desc_act:
+                yield Finding(tensor, "is missing", "download or quantize the checkpoint again")
+        elif headers[tensor][1] != shape or headers[tensor][0] not in (("I32",) if dtype is torch.int32 else FLOATS):
+            yield Finding(
+                tensor,
+                f"is {headers[tensor][0]} {list(headers[tensor][1])}, but bits={spec.bits} and group_size={spec.group_size} "
+                f"need {'I32' if dtype else 'floating point'} {list(shape)}",
+                "correct bits and group_size in config.json, or download the checkpoint again",
+            )
+
+
+def inspect_modules(headers: Headers, config: FormatConfig) -> tuple[dict[str, QuantSpec], list[Finding]]:
+    """({module: spec} of the modules with a qweight, everything that is wrong with them). Raises FoemError on broken rules."""
+    modules, findings = {}, []
+    for tensor in headers:
+        module, _, key = tensor.rpartition(".")
+        if key != "qweight":
+            continue
+        spec = config.spec_for(module)
+        if spec is None:
+            findings.append(
+                Finding(
+                    tensor,
+                    "is quantized, but a `dynamic` rule of config.json excludes its module",
+                    "config.json belongs to other weights: download both again",
+                )
+            )
+            continue
+        modules[module] = spec
+        findings += module_findings(module, headers, spec)
+    if headers and not modules and not findings:
+        findings.append(
+            Finding(
+                "*.qweight",
+                "is the name of no tensor, although config.json says GPTQ",
+                "serve it without --quantization, or quantize it with `foem quantize`",
+            )
+        )
+    return modules, findings
+
+
+def quantized_modules(headers: Headers, config: FormatConfig, where: str) -> dict[str, QuantSpec]:
+    """{module: spec} of the modules with a qweight. Raises FoemError with the first finding; where: the checkpoint."""
+    modules, findings = inspect_modules(headers, config)
+    if findings:
+        more = f" ({len(findings) - 1} more like it)" if len(findings) > 1 else ""
+        raise FoemError(f"{where}: {findings[0]}{more}")
+    return modules
+
+
+def fused_specs(
+    prefix: str, packed: Mapping[str, Sequence[str]], spec_of: Callable[[str], QuantSpec | None]
+) -> dict[str, QuantSpec | None]:
+    """{checkpoint module: its spec} of the modules that are fused into the served module `prefix`, in order; None: unquantized.
+
+    packed: vLLM's {fused name: [names before fusion]}.
+    """
+    parent, _, last = prefix.rpartition(".")
+    names = [f"{parent}.{name}" if parent else name for name in packed.get(last, [last])]
+    return {name: spec_of(name) for name in names}
+
+
+def kernel_groups(counts: Sequence[int]) -> tuple[int, int]:
+    """(group size, columns) in which a kernel takes columns whose groups, one after the other, hold `counts` columns each.
+
+    Kernels want groups of one size; only the last may be smaller. Where a rank holds parts of groups, they are cut into equal
+    ones: the greatest common divisor when kernels take it, else WHOLE_GROUPS with columns added to fill each group.
+
+    >>> kernel_groups([128, 128, 100])
+    (128, 356)
+    >>> kernel_groups([128, 64])  # 192 of 384 columns in groups of 128
+    (64, 192)
+    >>> kernel_groups([20, 30])
+    (16, 64)
+    """
+    if all(count == counts[0] for count in counts[:-1]) and counts[-1] <= counts[0]:
+        return counts[0], sum(counts)
+    size = math.gcd(*counts)
+    size = WHOLE_GROUPS if size % WHOLE_GROUPS else size
+    return size, sum(-(-count // size) * size for count in counts)
+
+
+def rank_groups(spec: QuantSpec, start: int, stop: int) -> tuple[int, int]:
+    """`kernel_groups` of the columns start .. stop of a linear whose groups are in order, as a row-parallel rank holds them."""
+    if spec.group_size == -1:
+        return stop - start, stop - start
+    size = spec.group_size
+    edges = [start, *range((start // size + 1) * size, stop, size), stop]
+    return kernel_groups([b - a for a, b in zip(edges, edges[1:])])
