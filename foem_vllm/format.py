@@ -11,7 +11,7 @@ scales   float16 [G, N]                W[n, k] = scale * (code - zero)
 g_idx    int32   [K]                   the group that column k belongs to (k // group_size without activation order)
 ======== ======= ===================== =====================================================================
 
-The bit stream runs on across words, so 3-bit codes take 3 words for 32 codes, the layout of AutoGPTQ and GPTQModel.
+Packed words are bit streams (bits.py): 3-bit codes take 3 words for 32 codes, the layout of AutoGPTQ and GPTQModel.
 Left out: other pack dtypes than int32, Marlin- and exllama-shuffled files (private layouts of one engine).
 """
 
@@ -21,71 +21,23 @@ import json
 import pathlib
 import re
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
+from foem_vllm.bits import pack_bits, unpack_bits
 from foem_vllm.errors import FoemError
+from foem_vllm.spec import Quantized, QuantSpec, group_index
 
-BITS = (2, 3, 4, 8)
-ACT_ORDERS = ("none", "full", "group", "static")
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILES = ("config.json", "quantize_config.json")
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How one linear is quantized.
-
-    bits: 2, 3, 4 or 8. group_size: columns that share a scale, -1 for all of them. symmetric: the zero point is
-    2**(bits-1) everywhere. act_order: order in which the solver visits columns: "none"; "full" (desc_act: groups follow
-    the order, g_idx is needed to serve); "group" (GAR: groups stay contiguous); "static" (scales fixed beforehand).
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    act_order: str = "none"
-
-    def __post_init__(self):
-        if self.bits not in BITS:
-            raise FoemError(f"bits={self.bits} is not a GPTQ width; choose one of {', '.join(map(str, BITS))}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise FoemError(f"group_size={self.group_size} must be positive, or -1 for one group per row")
-        if self.act_order not in ACT_ORDERS:
-            raise FoemError(f"act_order={self.act_order!r} is unknown; choose one of {', '.join(ACT_ORDERS)}")
-
-    @property
-    def mid(self) -> int:
-        """The symmetric zero point."""
-        return 1 << (self.bits - 1)
-
-    @property
-    def desc_act(self) -> bool:
-        """Whether the checkpoint needs its g_idx: only dynamic groups in activation order do."""
-        return self.act_order == "full" and self.group_size != -1
-
-    def groups(self, k: int) -> int:
-        return 1 if self.group_size == -1 else -(-k // self.group_size)
-
-
-class Quantized(NamedTuple):
-    """Integer codes of one linear [N, K] with its grid.
-
-    codes: [N, K] uint8. scales: [N, G] floating point, values that fp16 holds exactly. zeros: [N, G] uint8, or None when
-    symmetric (2**(bits-1) everywhere). g_idx: [K] int32, or None when column k belongs to group k // group_size.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None = None
-    g_idx: torch.Tensor | None = None
-
-
-def group_index(k: int, spec: QuantSpec) -> torch.Tensor:
-    """[K] int32: the group of every column without activation order."""
-    return torch.arange(k, dtype=torch.int32) // (k if spec.group_size == -1 else spec.group_size)
+KEYS = {  # config keys with the names that older writers gave them
+    "quant_method": ("quant_method", "method"),
+    "checkpoint_format": ("checkpoint_format", "format"),
+    "bits": ("bits", "wbits", "w_bit"),
+    "group_size": ("group_size", "groupsize", "q_group_size"),
+}
+TYPES = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool, "static_groups": bool, "lm_head": bool}
 
 
 def dequantize(q: Quantized, spec: QuantSpec) -> torch.Tensor:
@@ -93,42 +45,6 @@ def dequantize(q: Quantized, spec: QuantSpec) -> torch.Tensor:
     g = (group_index(q.codes.shape[1], spec) if q.g_idx is None else q.g_idx).long().to(q.codes.device)
     zeros = spec.mid if q.zeros is None else q.zeros.float()[:, g]
     return (q.codes.float() - zeros) * q.scales.float()[:, g]
-
-
-def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes [R, C] (integers below 2**bits) along the first dimension: int32 [ceil(R*bits/32), C].
-
-    >>> pack_bits(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8), 4).tolist()
-    [[49, 66]]
-    """
-    rows, columns = codes.shape
-    padded = torch.zeros(-(-rows // 32) * 32, columns, dtype=torch.int64, device=codes.device)
-    padded[:rows] = codes
-    padded = padded.view(-1, 32, columns)
-    words = torch.zeros(padded.shape[0], bits, columns, dtype=torch.int64, device=codes.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        words[:, word] |= padded[:, i] << shift
-        if shift + bits > 32:
-            words[:, word + 1] |= padded[:, i] >> (32 - shift)
-    words = words.view(-1, columns)[: -(-rows * bits // 32)] & 0xFFFFFFFF
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def unpack_bits(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
-    """Inverse of `pack_bits`: uint8 [rows, C] from int32 [ceil(rows*bits/32), C]."""
-    needed, columns = -(-rows // 32) * bits, words.shape[1]
-    padded = torch.zeros(needed, columns, dtype=torch.int64, device=words.device)
-    padded[: words.shape[0]] = words.long() & 0xFFFFFFFF
-    padded = padded.view(-1, bits, columns)
-    codes = torch.empty(padded.shape[0], 32, columns, dtype=torch.uint8, device=words.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        value = padded[:, word] >> shift
-        if shift + bits > 32:
-            value = value | padded[:, word + 1] << (32 - shift)
-        codes[:, i] = (value & ((1 << bits) - 1)).to(torch.uint8)
-    return codes.view(-1, columns)[:rows].contiguous()
 
 
 def pack(q: Quantized, spec: QuantSpec, checkpoint_format: str = "gptq") -> dict[str, torch.Tensor]:
@@ -171,31 +87,84 @@ def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: 
     Raises FoemError naming the tensor. Symmetric kernels never read qzeros, which is why files with a wrong
     `checkpoint_format` circulate: symmetric zero points are therefore checked against the convention.
     """
-    for key, (shape, dtype) in stored_shapes(spec, k, n).items():
-        if key not in tensors:
-            if key == "g_idx":
-                continue
+    for key in TENSORS:
+        if key in tensors:
+            check_shape(key, tensors[key], spec, name, k, n)
+        elif key != "g_idx":
             raise FoemError(f"{name}.{key} is missing from the checkpoint; download or quantize it again")
-        t = tensors[key]
-        if tuple(t.shape) != shape or (dtype and t.dtype != dtype):
-            raise FoemError(
-                f"{name}.{key} is {t.dtype} {list(t.shape)}, but bits={spec.bits}, group_size={spec.group_size} "
-                f"need {dtype or 'floating point'} {list(shape)}; the config does not describe these weights"
-            )
-    scales = tensors["scales"]
-    if not scales.is_floating_point() or not torch.isfinite(scales).all():
-        raise FoemError(f"{name}.scales holds NaN or Inf; the file is damaged, download or quantize it again")
+    check_scales(tensors["scales"], name)
     if "g_idx" in tensors:
         check_g_idx(tensors["g_idx"], spec, name)
+    zero_points(unpack_bits(tensors["qzeros"].T, spec.bits, n), spec, checkpoint_format, name)
+
+
+def check_shape(key: str, t: torch.Tensor, spec: QuantSpec, name: str, k: int, n: int) -> None:
+    """Refuse `t` as the stored tensor `key` of a linear [n, k] when its shape or dtype is another."""
+    shape, dtype = stored_shapes(spec, k, n)[key]
+    if tuple(t.shape) != shape or (t.dtype != dtype if dtype else not t.is_floating_point()):
+        raise FoemError(
+            f"{name}.{key} is {t.dtype} {list(t.shape)}, but bits={spec.bits}, group_size={spec.group_size} "
+            f"need {dtype or 'floating point'} {list(shape)}; the config does not describe these weights"
+        )
+
+
+def check_scales(scales: torch.Tensor, name: str) -> None:
+    if not torch.isfinite(scales).all():
+        raise FoemError(f"{name}.scales holds NaN or Inf; the file is damaged, download or quantize it again")
+
+
+def symmetric_format(stored: torch.Tensor, spec: QuantSpec) -> str | None:
+    """The `checkpoint_format` that stored zero points show when they are all the symmetric one, else None."""
+    return next((kind for kind in CHECKPOINT_FORMATS if bool((stored == spec.mid - (kind == "gptq")).all())), None)
+
+
+def zero_points(stored: torch.Tensor, spec: QuantSpec, checkpoint_format: str, name: str) -> torch.Tensor | None:
+    """Zero points uint8 from the stored values, of the same shape; None when `spec` is symmetric.
+
+    Raises FoemError when a symmetric spec has others than the symmetric one, and on what version 1 cannot say.
+    """
     if spec.symmetric:
-        zeros = unpack_bits(tensors["qzeros"].T, spec.bits, n)
-        stored = spec.mid - (checkpoint_format == "gptq")
-        if (zeros != stored).any():
-            found = int(zeros[zeros != stored][0])
+        expected = spec.mid - (checkpoint_format == "gptq")
+        if (stored != expected).any():
             raise FoemError(
-                f"{name}.qzeros holds {found} where symmetric checkpoint_format {checkpoint_format!r} stores {stored}; "
-                "correct `sym` or `checkpoint_format` in config.json, or download the file again"
+                f"{name}.qzeros holds {int(stored[stored != expected][0])} where symmetric checkpoint_format "
+                f"{checkpoint_format!r} stores {expected}; correct `sym` or `checkpoint_format` in config.json, or download the "
+                "file again"
             )
+        return None
+    if checkpoint_format != "gptq":
+        return stored
+    top = (1 << spec.bits) - 1
+    if (stored == top).any():
+        raise FoemError(
+            f"{name}.qzeros holds {top}, which checkpoint_format 'gptq' makes zero point {top + 1}, out of range for "
+            f"{spec.bits} bits (some writers mean 0 by it); quantize again with checkpoint_format 'gptq_v2'"
+        )
+    return stored + 1
+
+
+def check_convention(
+    codes: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec, checkpoint_format: str, name: str
+) -> None:
+    """Refuse asymmetric zero points that were read by the wrong `checkpoint_format`, hence are all off by one.
+
+    codes [N, K], zeros [N, G], g_idx [K] or None. Weights average to about nothing, so the mean of code - zero in a group is
+    about 0; off by one it is 1 or -1, in all groups alike. Up to 4 bits a step of the grid is so coarse that no other cause is
+    in sight; where groups differ widely (8 bits, made-up weights) nothing is concluded.
+    """
+    g = (group_index(codes.shape[1], spec) if g_idx is None else g_idx).long().to(codes.device)
+    columns = torch.bincount(g, minlength=zeros.shape[1])
+    held = columns > 0
+    sums = torch.zeros(zeros.shape, device=codes.device).index_add_(1, g, codes.float())[:, held]
+    offsets = sums / columns[held] - zeros[:, held].float()
+    expected = 1.0 if checkpoint_format == "gptq_v2" else -1.0
+    if offsets.numel() >= 64 and offsets.std() < 1.5 and abs(float(offsets.mean()) - expected) < 0.25:
+        other = next(kind for kind in CHECKPOINT_FORMATS if kind != checkpoint_format)
+        raise FoemError(
+            f"{name}.qzeros: zero points read as checkpoint_format {checkpoint_format!r} leave all weights off by one step "
+            f"(their mean is {float(offsets.mean()):.2f} steps); they are stored as {other!r}: correct checkpoint_format in "
+            "config.json"
+        )
 
 
 def check_g_idx(g_idx: torch.Tensor, spec: QuantSpec, name: str) -> None:
@@ -227,15 +196,12 @@ def unpack(
         k = tensors["g_idx"].numel() if "g_idx" in tensors else tensors["qweight"].shape[0] * 32 // spec.bits
     n = tensors["scales"].shape[-1] if "scales" in tensors else tensors["qweight"].shape[1]
     check(tensors, spec, checkpoint_format, name, k, n)
-    zeros = None
-    if not spec.symmetric:
-        zeros = unpack_bits(tensors["qzeros"].T, spec.bits, n)
-        if checkpoint_format == "gptq":
-            zeros = (zeros + 1) & ((1 << spec.bits) - 1)
+    codes = unpack_bits(tensors["qweight"], spec.bits, k).T.contiguous()
+    zeros = zero_points(unpack_bits(tensors["qzeros"].T, spec.bits, n), spec, checkpoint_format, name)
     g_idx = tensors.get("g_idx")
     if g_idx is not None and torch.equal(g_idx.cpu(), group_index(k, spec)):
         g_idx = None
-    return Quantized(unpack_bits(tensors["qweight"], spec.bits, k).T.contiguous(), tensors["scales"].T.contiguous(), zeros, g_idx)
+    return Quantized(codes, tensors["scales"].T.contiguous(), zeros, g_idx)
 
 
 @dataclass(frozen=True)
@@ -252,23 +218,28 @@ class FormatConfig:
         """The spec of the module called `module`, or None when a `dynamic` rule ("-:regex") excludes it.
 
         Rules are tried in order and the first match counts, as in GPTQModel: "-:regex" excludes, "+:regex" or a bare
-        regex overrides bits, group_size, sym and desc_act. Regexes match from the beginning of the name.
+        regex overrides bits, group_size, sym and desc_act. Regexes match from the beginning of the name. Raises FoemError
+        when a rule sets impossible values.
         """
         for rule, override in (self.dynamic or {}).items():
             if rule.startswith("-:"):
                 if re.match(rule[2:], module):
                     return None
             elif re.match(rule.removeprefix("+:"), module):
+                given = {key: value for key, value in override.items() if value is not None}
                 order = self.spec.act_order
-                if "desc_act" in override:
-                    order = "full" if override["desc_act"] else "none"
-                return replace(
-                    self.spec,
-                    bits=override.get("bits", self.spec.bits),
-                    group_size=override.get("group_size", self.spec.group_size),
-                    symmetric=override.get("sym", self.spec.symmetric),
-                    act_order=order,
-                )
+                if "desc_act" in given:
+                    order = "full" if given["desc_act"] else "none"
+                try:
+                    return replace(
+                        self.spec,
+                        bits=given.get("bits", self.spec.bits),
+                        group_size=given.get("group_size", self.spec.group_size),
+                        symmetric=given.get("sym", self.spec.symmetric),
+                        act_order=order,
+                    )
+                except FoemError as error:
+                    raise FoemError(f"`dynamic` rule {rule!r}: {error}") from None
         return self.spec
 
     def to_json(self) -> dict:
@@ -291,34 +262,71 @@ class FormatConfig:
 
     @classmethod
     def from_json(cls, config: dict, where: str = "config.json") -> FormatConfig:
-        """Read a `quantization_config` dictionary, also of older writers (`wbits`, no `desc_act`).
+        """Read a `quantization_config` dictionary of any writer of GPTQ tensors.
 
-        Raises FoemError on another quantization method, format or pack dtype, and on missing or impossible values.
+        AutoGPTQ, GPTQModel, Optimum and AutoRound's GPTQ export write the same keys beside their own; older files have other
+        names for some (KEYS), no `desc_act` and no `sym`: the tensors say both (g_idx and qzeros), so without `sym` zero points
+        are read. Raises FoemError on another quantization method, format or pack dtype, on missing or impossible values and on
+        `dynamic` rules that are no regular expressions.
         """
-        method = str(config.get("quant_method", "gptq")).lower()
+        if not isinstance(config, dict):
+            raise FoemError(f"{where}: the quantization config is {type(config).__name__}, not an object; the file is damaged")
+        method = str(first_of(config, "quant_method") or "gptq").lower()
         if method not in ("gptq", "foem"):
             raise FoemError(
                 f"{where}: quant_method is {method!r}, not 'gptq'; this checkpoint is of another kind, serve it without "
                 "--quantization foem"
             )
-        checkpoint_format = config.get("checkpoint_format") or config.get("format") or "gptq"
+        checkpoint_format = first_of(config, "checkpoint_format") or "gptq"
+        if config.get("is_marlin_format"):
+            checkpoint_format = "marlin"
         if checkpoint_format not in CHECKPOINT_FORMATS:
             raise FoemError(
                 f"{where}: checkpoint_format {checkpoint_format!r} is not read here; use one of {', '.join(CHECKPOINT_FORMATS)}"
             )
         if config.get("pack_dtype", "int32") not in ("int32", None):
             raise FoemError(f"{where}: pack_dtype {config['pack_dtype']!r} is not read here; quantize again with int32")
-        bits = config.get("bits", config.get("wbits"))
-        group_size = config.get("group_size", config.get("groupsize", -1))
-        if not isinstance(bits, int) or not isinstance(group_size, int):
-            raise FoemError(f"{where}: bits={bits!r} and group_size={group_size!r} must be integers; the config is incomplete")
-        desc_act = bool(config.get("desc_act", False)) and group_size != -1
-        order = "full" if desc_act else "static" if config.get("static_groups") else "none"
+        values = {**config, "bits": first_of(config, "bits"), "group_size": first_of(config, "group_size", -1)}
+        check_values(values, where)
+        if values["bits"] is None:
+            raise FoemError(f"{where}: there is no `bits` (nor `wbits`); the config is incomplete")
+        desc_act = bool(config.get("desc_act")) and values["group_size"] != -1
+        order = "static" if config.get("static_groups") else "full" if desc_act else "none"
         try:
-            spec = QuantSpec(bits, group_size, bool(config.get("sym", True)), order)
+            spec = QuantSpec(values["bits"], values["group_size"], bool(config.get("sym", False)), order)
         except FoemError as error:
             raise FoemError(f"{where}: {error}") from None
-        return cls(spec, checkpoint_format, bool(config.get("lm_head", False)), config.get("dynamic") or None, config.get("meta"))
+        dynamic = config.get("dynamic") or None
+        check_rules(dynamic, where)
+        return cls(spec, checkpoint_format, bool(config.get("lm_head")), dynamic, config.get("meta"))
+
+
+def first_of(config: dict, key: str, default=None):
+    """The value of `key`, or of one of its older names; None counts as absent."""
+    return next((config[name] for name in KEYS.get(key, (key,)) if config.get(name) is not None), default)
+
+
+def check_values(values: dict, where: str) -> None:
+    """Refuse config values of another type than their key has: a string "false" would count as true."""
+    for key, kind in TYPES.items():
+        found = values.get(key)
+        if found is not None and type(found) is not kind:
+            raise FoemError(f"{where}: {key}={found!r} must be {'true or false' if kind is bool else 'an integer'}; correct it")
+
+
+def check_rules(dynamic: dict | None, where: str) -> None:
+    """Refuse `dynamic` rules that are not {regular expression: {key: value}}."""
+    if not isinstance(dynamic, dict | None):
+        raise FoemError(f"{where}: `dynamic` is {type(dynamic).__name__}, not an object of rules; correct it")
+    for rule, override in (dynamic or {}).items():
+        try:
+            re.compile(rule[2:] if rule[:2] in ("-:", "+:") else rule)
+        except re.error as error:
+            raise FoemError(f"{where}: `dynamic` rule {rule!r} is not a regular expression ({error}); correct it") from None
+        if not isinstance(override, dict) and not rule.startswith("-:"):
+            raise FoemError(f"{where}: `dynamic` rule {rule!r} must hold an object of overrides, not {override!r}; correct it")
+        if isinstance(override, dict):
+            check_values(override, f"{where}: `dynamic` rule {rule!r}")
 
 
 def read_config(folder: str | pathlib.Path) -> FormatConfig:

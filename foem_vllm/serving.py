@@ -17,7 +17,7 @@ from foem_vllm.format import FormatConfig, QuantSpec, stored_shapes
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # {tensor: (safetensors dtype, shape)}
 FLOATS = ("F16", "BF16", "F32")
-WHOLE_GROUPS = 16  # every kernel takes groups of a multiple of this many columns
+STEP = 16  # every kernel takes groups of a multiple of this many columns, and one group for all columns
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def columns_of(module: str, headers: Headers, spec: QuantSpec) -> int:
     g_idx = headers.get(f"{module}.g_idx")
     if g_idx and len(g_idx[1]) == 1:
         return g_idx[1][0]
-    words = (*headers[f"{module}.qweight"][1], 0)[0]
-    groups = (*headers.get(f"{module}.scales", ("", ()))[1], 0)[0]
+    words, groups = (next(iter(headers.get(f"{module}.{key}", ("", ()))[1]), 0) for key in ("qweight", "scales"))
     most = words * 32 // spec.bits
     fewest = max(most - 31 // spec.bits, 1)
     return next((k for k in range(most, fewest - 1, -1) if spec.groups(k) == groups), most)
@@ -46,8 +45,8 @@ def columns_of(module: str, headers: Headers, spec: QuantSpec) -> int:
 
 def module_findings(module: str, headers: Headers, spec: QuantSpec) -> Iterator[Finding]:
     """What is missing from the tensors of a quantized module, or of another shape or dtype than `spec` makes it."""
-    qweight = headers[f"{module}.qweight"]
-    for key, (shape, dtype) in stored_shapes(spec, columns_of(module, headers, spec), (*qweight[1], 0)[-1]).items():
+    n = (headers[f"{module}.qweight"][1] or (0,))[-1]
+    for key, (shape, dtype) in stored_shapes(spec, columns_of(module, headers, spec), n).items():
         tensor = f"{module}.{key}"
         if tensor not in headers:
             if key != "g_idx" or spec.desc_act:
@@ -115,25 +114,26 @@ def fused_specs(
 def kernel_groups(counts: Sequence[int]) -> tuple[int, int]:
     """(group size, columns) in which a kernel takes columns whose groups, one after the other, hold `counts` columns each.
 
-    Kernels want groups of one size; only the last may be smaller. Where a rank holds parts of groups, they are cut into equal
-    ones: the greatest common divisor when kernels take it, else WHOLE_GROUPS with columns added to fill each group.
+    Kernels want one group, or groups of one size that STEP divides; only the last may be smaller. Other groups are cut into
+    equal ones: of the greatest common divisor when kernels take that, else of STEP columns with some added to fill each group.
 
     >>> kernel_groups([128, 128, 100])
     (128, 356)
-    >>> kernel_groups([128, 64])  # 192 of 384 columns in groups of 128
+    >>> kernel_groups([64, 128])  # 192 .. 384 of 384 columns in groups of 128
     (64, 192)
     >>> kernel_groups([20, 30])
     (16, 64)
     """
-    if all(count == counts[0] for count in counts[:-1]) and counts[-1] <= counts[0]:
+    whole = all(count == counts[0] for count in counts[:-1]) and counts[-1] <= counts[0]
+    if len(counts) == 1 or (whole and counts[0] % STEP == 0):
         return counts[0], sum(counts)
     size = math.gcd(*counts)
-    size = WHOLE_GROUPS if size % WHOLE_GROUPS else size
+    size = STEP if size % STEP else size
     return size, sum(-(-count // size) * size for count in counts)
 
 
 def rank_groups(spec: QuantSpec, start: int, stop: int) -> tuple[int, int]:
-    """`kernel_groups` of the columns start .. stop of a linear whose groups are in order, as a row-parallel rank holds them."""
+    """`kernel_groups` of the columns start .. stop of a linear whose groups are in order: what a rank's kernel is asked to do."""
     if spec.group_size == -1:
         return stop - start, stop - start
     size = spec.group_size

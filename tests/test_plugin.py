@@ -20,7 +20,8 @@ from foem_vllm.errors import FoemError  # noqa: E402
 from foem_vllm.format import FormatConfig, QuantSpec  # noqa: E402
 from foem_vllm.integrity import file_digest, read_headers, verify_files  # noqa: E402
 from foem_vllm.plugin import compat  # noqa: E402
-from foem_vllm.plugin.config import FoemConfig, quantized_modules  # noqa: E402
+from foem_vllm.plugin.config import FoemConfig  # noqa: E402
+from foem_vllm.serving import quantized_modules  # noqa: E402
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -116,10 +117,9 @@ def test_logs_appear_in_vllm_log(caplog):
     assert [r.getMessage() for r in records] == ["chosen"]
 
 
-def test_bits_that_are_not_served():
-    for bits in (2, 3):
-        with pytest.raises(FoemError, match=f"{bits}-bit weights are not served"):
-            FoemConfig.from_config({**GPTQ, "bits": bits})
+def test_bits():
+    for bits in (2, 3, 4, 8):
+        assert FoemConfig.from_config({**GPTQ, "bits": bits}).format_config.spec.bits == bits
     with pytest.raises(FoemError, match="bits=5"):
         FoemConfig.from_config({**GPTQ, "bits": 5})
 
@@ -129,32 +129,37 @@ def test_g_idx_reaches_the_layers():
     assert [name for name, _ in kept] == ["model.layers.0.mlp.up_proj.g_idx"]
 
 
+def specs(config: FoemConfig, prefix: str) -> list[QuantSpec | None]:
+    return list(config.specs_for(prefix).values())
+
+
 def test_modules_and_fusion(checkpoint):
     config = load(checkpoint(dynamic={r"-:.*layers\.0\.mlp": {}, r"+:.*layers\.1\.self_attn": {"bits": 8, "group_size": 64}}))
     config.packed_modules_mapping = FUSED
-    assert config.spec_for("model.layers.0.mlp.gate_up_proj") is None
-    assert config.spec_for("model.layers.0.self_attn.qkv_proj") == QuantSpec(4, 32)
-    assert config.spec_for("model.layers.1.self_attn.qkv_proj") == QuantSpec(8, 64)
-    assert config.spec_for("model.layers.1.self_attn.o_proj") == QuantSpec(8, 64)
-    assert config.spec_for("lm_head") is None
+    assert specs(config, "model.layers.0.mlp.gate_up_proj") == [None] * 2
+    assert specs(config, "model.layers.0.self_attn.qkv_proj") == [QuantSpec(4, 32)] * 3
+    assert specs(config, "model.layers.1.self_attn.qkv_proj") == [QuantSpec(8, 64)] * 3
+    assert specs(config, "model.layers.1.self_attn.o_proj") == [QuantSpec(8, 64)]
+    assert specs(config, "lm_head") == [None]
 
 
-@pytest.mark.parametrize("rule", [{"-:.*up_proj": {}}, {"+:.*up_proj": {"bits": 8}}, {".*v_proj": {"group_size": 64}},
-                                  {".*q_proj": {"sym": False}}])
-def test_fused_modules_must_agree(checkpoint, rule):
+@pytest.mark.parametrize("rule,found", [
+    ({"-:.*up_proj": {}}, [QuantSpec(4, 32), None]), ({"+:.*up_proj": {"bits": 8}}, [QuantSpec(4, 32), QuantSpec(8, 32)]),
+    ({".*gate_proj": {"group_size": 64, "sym": False}}, [QuantSpec(4, 64, False), QuantSpec(4, 32)]),
+])
+def test_fused_modules_may_differ(checkpoint, rule, found):
     config = load(checkpoint(dynamic=rule))
     config.packed_modules_mapping = FUSED
-    with pytest.raises(FoemError, match="fuses modules.*quantize again"):
-        config.spec_for("model.layers.0.mlp.gate_up_proj")
-        config.spec_for("model.layers.0.self_attn.qkv_proj")
+    assert specs(config, "model.layers.0.mlp.gate_up_proj") == found
+    assert list(config.specs_for("model.layers.0.mlp.gate_up_proj")) == [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")]
 
 
 def test_rules_follow_checkpoint_names_when_vllm_renames(checkpoint):
     config = load(checkpoint(dynamic={r"-:model\.layers\.0\.": {}}))
     config.apply_vllm_mapper(compat.WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     config.packed_modules_mapping = FUSED
-    assert config.spec_for("language_model.model.layers.0.self_attn.qkv_proj") is None
-    assert config.spec_for("language_model.model.layers.1.self_attn.qkv_proj") == QuantSpec(4, 32)
+    assert specs(config, "language_model.model.layers.0.self_attn.qkv_proj") == [None] * 3
+    assert specs(config, "language_model.model.layers.1.self_attn.qkv_proj") == [QuantSpec(4, 32)] * 3
 
 
 def rewrite(folder: pathlib.Path, change) -> None:
@@ -192,19 +197,19 @@ def test_config_that_does_not_describe_the_weights(checkpoint, change):
 def test_rule_that_excludes_a_quantized_module(checkpoint):
     folder = checkpoint()
     edit_config(folder, dynamic={"-:.*o_proj": {}})
-    with pytest.raises(FoemError, match="excludes .*o_proj"):
+    with pytest.raises(FoemError, match="o_proj.qweight is quantized, but a `dynamic` rule"):
         load(folder)
 
 
 def test_checkpoint_without_quantized_tensors(checkpoint):
-    with pytest.raises(FoemError, match="no tensor is called"):
+    with pytest.raises(FoemError, match="qweight is the name of no tensor.*without --quantization"):
         quantized_modules({"model.norm.weight": ("BF16", (8,))}, FormatConfig(QuantSpec()), "here")
 
 
-def test_dynamic_rule_with_unserved_bits(checkpoint):
+def test_dynamic_rule_with_impossible_bits(checkpoint):
     folder = checkpoint()
-    edit_config(folder, dynamic={".*o_proj": {"bits": 3}})
-    with pytest.raises(FoemError, match="o_proj: 3-bit"):
+    edit_config(folder, dynamic={".*o_proj": {"bits": 5}})
+    with pytest.raises(FoemError, match="rule '.\\*o_proj': bits=5"):
         load(folder)
 
 

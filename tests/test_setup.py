@@ -15,13 +15,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foem_kernels", "foem_eval": ROOT / "eval/foem_eval"}
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
-ORDER = ["errors", "integrity", "format", "grid", "descent", "solver", "stream", "capture", "selection", "calibration", "recipe",
-         "models", "report", "checkpoint", "block", "endtoend", "pipeline", "analysis_report", "analyze", "cli"]
-PURE = {"format": {"errors"}, "grid": {"errors", "format"}, "descent": {"format"},
+ORDER = ["errors", "bits", "spec", "integrity", "format", "serving", "ranks", "grid", "descent", "solver", "stream", "capture",
+         "selection", "calibration", "recipe", "models", "report", "checkpoint", "block", "endtoend", "pipeline",
+         "analysis_report", "analyze", "cli"]
+PURE = {"format": {"errors", "bits", "spec"}, "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
 KERNELS_OF = {("solver", "foem_kernels.solver"), ("capture", "foem_kernels.cpu_moments")}
-PLUGIN_MAY = {"foem_vllm.format", "foem_vllm.integrity", "foem_vllm.errors", "foem_vllm.plugin", "foem_vllm", "foem_kernels"}
+PLUGIN_MAY = {"foem_vllm", "foem_kernels", *(f"foem_vllm.{name}" for name in (
+    "format", "integrity", "errors", "plugin", "serving", "ranks", "spec"))}
 
 
 def load(path: pathlib.Path):

@@ -18,20 +18,14 @@ from foem_vllm.errors import FoemError
 VERSION = vllm.__version__
 
 _LINEAR = "vllm.model_executor.layers.linear"
-_PARAMETER = "vllm.model_executor.parameter"
 _LATER = {
     "LinearBase": _LINEAR,
     "LinearMethodBase": _LINEAR,
     "UnquantizedLinearMethod": _LINEAR,
-    "register_weight_loader_v2_supported_method": _LINEAR,
     "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding",
     "RoutedExperts": "vllm.model_executor.layers.fused_moe",
+    "FusedMoEMethodBase": "vllm.model_executor.layers.fused_moe",
     "UnquantizedFusedMoEMethod": "vllm.model_executor.layers.fused_moe",
-    "ChannelQuantScaleParameter": _PARAMETER,
-    "GroupQuantScaleParameter": _PARAMETER,
-    "PackedColumnParameter": _PARAMETER,
-    "PackedvLLMParameter": _PARAMETER,
-    "RowvLLMParameter": _PARAMETER,
     "WeightsMapper": "vllm.model_executor.models.utils",
     "get_safetensors_params_metadata": "vllm.transformers_utils.config",
 }

@@ -12,63 +12,15 @@ import pathlib
 import torch
 
 from foem_vllm.errors import FoemError
-from foem_vllm.format import FormatConfig, QuantSpec, stored_shapes
+from foem_vllm.format import FormatConfig
 from foem_vllm.integrity import read_headers, verify_files
 from foem_vllm.plugin import compat
+from foem_vllm.serving import fused_specs, quantized_modules
+from foem_vllm.spec import QuantSpec
 
 logger = logging.getLogger("foem_vllm")
 
-SERVED_BITS = (4, 8)
 QUANT_METHODS = ("gptq", "foem")
-Headers = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def check_bits(spec: QuantSpec, where: str) -> None:
-    if spec.bits not in SERVED_BITS:
-        raise FoemError(
-            f"{where}: {spec.bits}-bit weights are not served, only {' and '.join(map(str, SERVED_BITS))}-bit; "
-            f"quantize again with --bits {SERVED_BITS[0]}"
-        )
-
-
-def quantized_modules(headers: Headers, config: FormatConfig, where: str) -> dict[str, QuantSpec]:
-    """{module: spec} of the modules with a qweight, checked: complete, and with the shapes that the config describes.
-
-    headers: {tensor: (safetensors dtype, shape)}. Raises FoemError naming the tensor.
-    """
-    found = {}
-    for tensor in headers:
-        module, _, key = tensor.rpartition(".")
-        if key != "qweight":
-            continue
-        spec = config.spec_for(module)
-        if spec is None:
-            raise FoemError(
-                f"{where}: a `dynamic` rule of config.json excludes {module}, but {tensor} is quantized; "
-                "config.json belongs to other weights"
-            )
-        check_bits(spec, f"{where}: {module}")
-        packed = headers[tensor][1]
-        k = headers[f"{module}.g_idx"][1][0] if f"{module}.g_idx" in headers else packed[0] * 32 // spec.bits
-        for key, (shape, dtype) in stored_shapes(spec, k, packed[-1]).items():
-            stored = headers.get(f"{module}.{key}")
-            if stored is None:
-                if key == "g_idx" and not spec.desc_act:
-                    continue
-                raise FoemError(f"{where}: {module}.{key} is missing; download or quantize the checkpoint again")
-            if stored[1] != shape or (dtype is torch.int32 and stored[0] != "I32"):
-                raise FoemError(
-                    f"{where}: {module}.{key} is {stored[0]} {list(stored[1])}, but bits={spec.bits} and group_size="
-                    f"{spec.group_size} need {'I32' if dtype else 'floating point'} {list(shape)}; correct bits and "
-                    "group_size in config.json, or download the checkpoint again"
-                )
-        found[module] = spec
-    if headers and not found:
-        raise FoemError(
-            f"{where}: config.json says GPTQ, but no tensor is called *.qweight; serve it without --quantization, "
-            "or quantize it with `foem quantize`"
-        )
-    return found
 
 
 class FoemConfig(compat.QuantizationConfig):
@@ -100,10 +52,8 @@ class FoemConfig(compat.QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict) -> FoemConfig:
-        """Raises FoemError on another method, on bits that are not served, and on impossible values."""
-        parsed = FormatConfig.from_json(config, "quantization_config")
-        check_bits(parsed.spec, "quantization_config")
-        return cls(parsed)
+        """Raises FoemError on another method and on impossible values."""
+        return cls(FormatConfig.from_json(config, "quantization_config"))
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None, **kwargs) -> str | None:
@@ -139,28 +89,10 @@ class FoemConfig(compat.QuantizationConfig):
         if self.modules is not None:
             self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
 
-    def spec_for(self, prefix: str) -> QuantSpec | None:
-        """The spec of vLLM's module `prefix`, which may be several modules of the checkpoint fused; None when unquantized.
-
-        Raises FoemError when the fused modules do not agree: one kernel call serves them all.
-        """
-        parent, _, last = prefix.rpartition(".")
-        shards = [f"{parent}.{shard}" if parent else shard for shard in self.packed_modules_mapping.get(last, [last])]
-        if self.modules is None:
-            specs = {shard: self.format_config.spec_for(shard) for shard in shards}
-        else:
-            specs = {shard: self.modules.get(shard) for shard in shards}
-        if len(set(specs.values())) > 1:
-            said = ", ".join(
-                f"{shard.rpartition('.')[2]} {'unquantized' if s is None else f'{s.bits}-bit group {s.group_size}'}"
-                f"{'' if s is None else ' sym' if s.symmetric else ' asym'}"
-                for shard, s in specs.items()
-            )
-            raise FoemError(
-                f"{prefix}: vLLM fuses modules that the checkpoint quantizes differently ({said}); "
-                "quantize again with one setting for all of them"
-            )
-        return next(iter(specs.values()))
+    def specs_for(self, prefix: str) -> dict[str, QuantSpec | None]:
+        """{checkpoint module: its spec} of what is fused into vLLM's module `prefix`; None when unquantized."""
+        known = self.format_config.spec_for if self.modules is None else self.modules.get
+        return fused_specs(prefix, self.packed_modules_mapping, known)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """See vLLM. None for layers that are no linear. Raises FoemError on mixture-of-experts layers with quantized experts."""
@@ -176,10 +108,9 @@ class FoemConfig(compat.QuantizationConfig):
         head = isinstance(layer, compat.ParallelLMHead)
         if not head and not isinstance(layer, compat.LinearBase):
             return None
-        spec = self.spec_for(prefix)
+        specs = self.specs_for(prefix)
         if head and self.modules is None and not self.format_config.lm_head:
-            spec = None
-        if spec is None:
+            specs = {}
+        if not any(specs.values()):
             return None if head else compat.UnquantizedLinearMethod()
-        check_bits(spec, prefix)
-        return FoemLinearMethod(spec, self.format_config.checkpoint_format, prefix)
+        return FoemLinearMethod(specs, self.format_config.checkpoint_format, prefix)
