@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 
 import torch
@@ -12,14 +13,15 @@ from foem_vllm.format import FormatConfig, Quantized, QuantSpec, dequantize, pac
 from foem_vllm.integrity import file_digest
 
 
-def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1) -> Quantized:
-    """w [N, K] -> codes, fp16 scales, zeros of at least `smallest_zero`; act_order "full" permutes groups over K."""
+def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1, order: int = 0) -> Quantized:
+    """w [N, K] -> codes, fp16 scales, zeros of at least `smallest_zero`; act_order "full" permutes groups over K, by `order`."""
     n, k = w.shape
     groups, top = spec.groups(k), (1 << spec.bits) - 1
     size = k if spec.group_size == -1 else spec.group_size
     g_idx = torch.arange(k) // size
     if spec.desc_act:
-        g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]  # equal K, equal order: fused modules agree
+        # Equal K, equal order: fused modules agree.
+        g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k + order))]
     scales, zeros = torch.empty(n, groups), torch.full((n, groups), float(spec.mid))
     for g in range(groups):
         part = w[:, g_idx == g].float()
@@ -52,12 +54,13 @@ def write_rtn_checkpoint(src: pathlib.Path, out: pathlib.Path, spec: QuantSpec, 
     stored, dense = {}, {}
     for name, w in tensors.items():
         module = name.removesuffix(".weight")
-        linear = module.endswith("_proj") or module == "lm_head"
+        linear = module.endswith(("_proj", ".w1", ".w2", ".w3")) or (lm_head and module == "lm_head")
         chosen = rules.spec_for(module) if linear else None
         if chosen is None:
             stored[name], dense[name] = w, w.float()
             continue
-        q = rtn(w, chosen, 1 if checkpoint_format == "gptq" else 0)
+        expert = re.search(r"experts\.(\d+)", module)  # each has its own order of columns
+        q = rtn(w, chosen, 1 if checkpoint_format == "gptq" else 0, int(expert[1]) if expert else 0)
         dense[name] = dequantize(q, chosen)
         stored.update({f"{module}.{key}": t for key, t in pack(q, chosen, checkpoint_format).items()})
     for path in src.iterdir():

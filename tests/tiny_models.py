@@ -31,6 +31,11 @@ CONFIGS = {
     "gemma": ("GemmaConfig", {**COMMON, "head_dim": 16}),
     "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 16, "sliding_window": 16}),
     "phi3": ("Phi3Config", COMMON),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**COMMON, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "mixtral": ("MixtralConfig", {**COMMON, "head_dim": 32, "num_local_experts": 4, "sliding_window": None}),
     "opt": (
         "OPTConfig",
         dict(
@@ -70,7 +75,7 @@ def write_model(folder: pathlib.Path, arch: str, dtype: torch.dtype = torch.floa
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
         for p in model.parameters():  # wider than the usual initialization, so that attention and activations do something
-            if p.ndim == 2:
+            if p.ndim >= 2:
                 p.data.mul_(4)
     model.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -11,7 +11,6 @@ import pathlib
 
 import torch
 
-from foem_vllm.errors import FoemError
 from foem_vllm.format import FormatConfig
 from foem_vllm.integrity import read_headers, verify_files
 from foem_vllm.plugin import compat
@@ -95,16 +94,11 @@ class FoemConfig(compat.QuantizationConfig):
         return fused_specs(prefix, self.packed_modules_mapping, known)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """See vLLM. None for layers that are no linear. Raises FoemError on mixture-of-experts layers with quantized experts."""
+        """See vLLM. None for layers that are neither linear nor experts."""
         from foem_vllm.plugin.linear import FoemLinearMethod
 
         if isinstance(layer, compat.RoutedExperts):
-            if self.modules is None or any(name.startswith(f"{prefix}.") for name in self.modules):
-                raise FoemError(
-                    f"{prefix}: quantized mixture-of-experts layers are not supported by --quantization foem yet; "
-                    "serve this checkpoint with --quantization gptq"
-                )
-            return compat.UnquantizedFusedMoEMethod(layer.moe_config)
+            return self.experts_method(layer, prefix)
         head = isinstance(layer, compat.ParallelLMHead)
         if not head and not isinstance(layer, compat.LinearBase):
             return None
@@ -114,3 +108,15 @@ class FoemConfig(compat.QuantizationConfig):
         if not any(specs.values()):
             return None if head else compat.UnquantizedLinearMethod()
         return FoemLinearMethod(specs, self.format_config.checkpoint_format, prefix)
+
+    def experts_method(self, layer: torch.nn.Module, prefix: str):
+        """The method of a layer's routed experts. Raises FoemError when they are not all quantized alike."""
+        from foem_vllm.plugin.moe import FoemMoEMethod, expert_specs
+
+        gate = layer.ckpt_gate_proj_name
+        names = gate, layer.ckpt_up_proj_name or gate, layer.ckpt_down_proj_name
+        known = self.format_config.spec_for if self.modules is None else self.modules.get
+        specs = expert_specs(prefix, layer.moe_config.num_logical_experts, names, known)
+        if specs is None:
+            return compat.UnquantizedFusedMoEMethod(layer.moe_config)
+        return FoemMoEMethod(specs, self.format_config.checkpoint_format, prefix, layer.moe_config)
