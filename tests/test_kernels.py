@@ -219,3 +219,27 @@ def test_import_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None\nimport foem_kernels; print([k.name for k in foem_kernels.KERNELS])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert "triton_w4a16" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("n,k,g", [(N, K, 64), (100, 192, 192), (40, 320, 32), (128, 96, 16)])
+def test_size_is_what_the_layout_takes(kernel, n, k, g):
+    """For every width, symmetry and order; layouts are plain torch, so those of GPU kernels can be made here too."""
+    for bits, symmetric, order in itertools.product((2, 3, 4, 8), (True, False), (False, True)):
+        p = problem(n=n, k=k, group_size=g, bits=bits, symmetric=symmetric, act_order=order, device="cpu")
+        on_gpu = problem(n=n, k=k, group_size=g, bits=bits, symmetric=symmetric, act_order=order, device="sm_90")
+        if kernel.supports(p) and kernel.supports(on_gpu):
+            continue
+        codes, scales, zeros, g_idx, _ = weights(torch.bfloat16, symmetric, g, order, bits, n, k)
+        found = kernel.prepare(codes, scales, zeros, g_idx, p)
+        assert kernel.size(p) == sum(t.nbytes for t in found.values() if isinstance(t, torch.Tensor)), p
+
+
+def test_kernels_answer_for_a_gpu_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked about this machine"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = {device: choose(problem(device=device)).name for device in ("sm_75", "sm_80", "sm_90", "sm_100", "sm_90a")}
+    assert found == {"sm_75": "reference", "sm_80": "triton_w4a16", "sm_90": "triton_w4a16", "sm_100": "triton_w4a16",
+                     "sm_90a": "triton_w4a16"}
+    (triton, old), *_ = registry.survey(problem(device="sm_75"))
+    assert triton.name == "triton_w4a16" and old == "needs compute capability 8.0, found 7.5"

@@ -30,11 +30,10 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     n, k = codes.shape
     per = 32 // bits
     codes = torch.nn.functional.pad(codes, (0, -k % per, 0, -n % BLOCK))
-    columns = [j // 2 + 4 * (j % 2) for j in range(8)] if bits == 4 else range(4)
-    codes = codes.view(-1, BLOCK, codes.shape[1] // per, per)[..., list(columns)]
-    if bits == 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return codes.transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+    # Four codes at a time: with 4 bits, columns 0 .. 3 of a word lie in its even nibbles, 4 .. 7 in the odd ones.
+    quads = codes.view(torch.int32).view(-1, BLOCK, codes.shape[1] // per, per // 4)
+    words = quads[..., 0] | quads[..., 1] << 4 if bits == 4 else quads[..., 0]
+    return words.transpose(1, 2).contiguous()
 
 
 def blocked(values: torch.Tensor) -> torch.Tensor:
@@ -91,6 +90,10 @@ class CpuW4A16:
             "isa": native.instruction_set(),
             "int8": int8,
         }
+
+    def size(self, p):
+        columns = -(-p.k * stored_bits(p.bits) // 32) + p.groups * (1 if p.symmetric else 2)
+        return 4 * (-(-p.n // BLOCK) * BLOCK * columns + p.k * p.act_order)
 
     def gemm(self, x, weights, p, bias):
         return torch.ops.foem.cpu_w4a16(

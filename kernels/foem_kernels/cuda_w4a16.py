@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 
 from foem_kernels import nvrtc
-from foem_kernels.problem import Problem
+from foem_kernels.problem import Problem, gpu_refusal
 from foem_kernels.triton_w4a16 import TritonW4A16
 
 GROUPS = (32, 64, 128)
@@ -179,14 +179,9 @@ class CudaW4A16:
             return f"takes groups of {', '.join(map(str, GROUPS))} or the whole row, not {p.group_size}"
         if p.k % p.group_size or p.k % 64:
             return f"needs K divisible by 64 and by the group size, found K={p.k}, group_size={p.group_size}"
-        if p.device != "cuda":
-            return f"needs a CUDA device, not {p.device}"
-        if not torch.cuda.is_available() or torch.version.hip:
-            return "no NVIDIA GPU is visible"
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            return f"needs compute capability 8.0, found {major}.{minor}"
-        return None if nvrtc.compiler() else "needs libnvrtc (nvidia-cuda-nvrtc) or nvcc, found neither"
+        if reason := gpu_refusal(p.device):
+            return reason
+        return None if p.elsewhere or nvrtc.compiler() else "needs libnvrtc (nvidia-cuda-nvrtc) or nvcc, found neither"
 
     def prepare(self, codes, scales, zeros, g_idx, p):
         """As triton_w4a16, and counters int32 [n_padded / 128], all zero. Raises ValueError also on zeros above 63."""
@@ -199,6 +194,9 @@ class CudaW4A16:
             _kernels(w.device.index, p.dtype, 0 if p.group_size == p.k else p.group_size, zeros is not None, wide)
             torch.cuda.synchronize(w.device)  # a launch may read codes before the kernel ahead of it has ended
         return weights
+
+    def size(self, p):
+        return TritonW4A16().size(p) + 4 * -(-p.n // 128)
 
     def gemm(self, x, weights, p, bias):
         return torch.ops.foem.cuda_w4a16(x, weights["w"], weights["scales"], weights["zeros"], weights["perm"], bias,

@@ -34,6 +34,9 @@ class Reference:
     def prepare(self, codes, scales, zeros, g_idx, p):
         return {"codes": codes.contiguous(), "scales": scales.float().contiguous(), "zeros": zeros, "g_idx": g_idx}
 
+    def size(self, p):
+        return p.n * (p.k + (4 if p.symmetric else 5) * p.groups) + 4 * p.k * p.act_order
+
     def gemm(self, x, weights, p, bias):
         w = dequantize(weights["codes"], weights["scales"], weights["zeros"], weights["g_idx"], p).to(p.dtype)
         return torch.nn.functional.linear(x, w, bias)

@@ -23,7 +23,7 @@ import torch
 
 from foem_kernels import cost, tuning
 from foem_kernels.cost import STORED, Configuration, padded
-from foem_kernels.problem import Problem
+from foem_kernels.problem import Problem, gpu_refusal
 
 MAX_SPLITS = 16
 
@@ -210,16 +210,11 @@ class TritonW4A16:
             return f"takes float16 or bfloat16, not {p.dtype}"
         if p.group_size != p.k and p.group_size % 16:
             return f"takes groups that are the whole row or a multiple of 16, not {p.group_size}"
-        if importlib.util.find_spec("triton") is None:
+        if not p.elsewhere and importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if interpreted():
+        if not p.elsewhere and interpreted():
             return None if p.device == "cpu" else f"TRITON_INTERPRET=1 runs on the CPU, not on {p.device}"
-        if p.device != "cuda":
-            return f"needs a CUDA device, not {p.device}"
-        if not torch.cuda.is_available() or torch.version.hip:
-            return "no NVIDIA GPU is visible"
-        major, minor = torch.cuda.get_device_capability()
-        return None if major >= 8 else f"needs compute capability 8.0, found {major}.{minor}"
+        return gpu_refusal(p.device)
 
     def prepare(self, codes, scales, zeros, g_idx, p):
         """w as `shuffle` gives it, rows padded to a multiple of 128 by zero scales, columns to whole groups of 16; scales fp16
@@ -249,6 +244,10 @@ class TritonW4A16:
         w = shuffle(pad(codes, columns), chunk_of(p.k, p.group_size, p.bits), p.bits)
         return {"w": w, "scales": pad(scales).T.contiguous(),
                 "zeros": None if zeros is None else pad(zeros).T.contiguous(), "perm": perm}
+
+    def size(self, p):
+        (unit, columns), rows = padded(p.k, p.group_size), -(-p.n // 128) * 128
+        return rows * (columns * STORED[p.bits] // 8 + columns // unit * (2 if p.symmetric else 3)) + 8 * p.k * p.act_order
 
     def gemm(self, x, weights, p, bias):
         return torch.ops.foem.triton_w4a16(x, weights["w"], weights["scales"], weights["zeros"], weights["perm"], bias, p.n,
