@@ -43,7 +43,8 @@ def choose(p: Problem, force: str | None = None) -> Kernel:
     *passed_over, (kernel, refused) = survey(p, force)
     reasons = "; ".join(f"{k.name}: {reason}" for k, reason in passed_over)
     if refused:
-        raise ValueError(f"kernel {kernel.name!r} cannot run {p}: {kernel.name}: {refused}; unset FOEM_KERNEL to let one be chosen")
+        unset = "unset FOEM_KERNEL to let one be chosen"
+        raise ValueError(f"kernel {kernel.name!r} cannot run {p}: {kernel.name}: {refused}; {unset}")
     key = (kernel.name, p.bits, p.group_size, p.symmetric, p.dtype, p.device, p.act_order)
     if key not in _logged:
         _logged.add(key)
