@@ -28,8 +28,25 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+def spread(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """A byte for each of the codes in every byte, low bits first: uint8 [C, B] -> [C, B * 8 / bits]; bits: 1, 2, 4 or 8.
+
+    Halves of a byte become bytes of a 16-bit integer, all at once: nothing is gathered, so that loading a model is not slow.
+    """
+    width = 8
+    while width > bits:
+        width //= 2
+        wide = codes.short()
+        wide |= wide << (8 - width)
+        codes = wide.bitwise_and_(((1 << width) - 1) * 0x0101).view(torch.uint8)
+    return codes
+
+
 def unpack_bits(words: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
-    """Inverse of `pack_bits`: uint8 [rows, C] from int32 [ceil(rows*bits/32), C]."""
+    """Inverse of `pack_bits`: uint8 [rows, C] from int32 [ceil(rows*bits/32), C]. Codes of a column may be next to each other."""
+    if 8 % bits == 0:
+        turned = words.T.clone(memory_format=torch.contiguous_format)
+        return spread(turned.view(torch.uint8), bits)[:, :rows].T
     needed, columns = -(-rows // 32) * bits, words.shape[1]
     padded = torch.zeros(needed, columns, dtype=torch.int64, device=words.device)
     padded[: words.shape[0]] = words.long() & 0xFFFFFFFF
