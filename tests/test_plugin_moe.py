@@ -23,9 +23,10 @@ from checkpoints import rtn, write_rtn_checkpoint  # noqa: E402
 from tiny_models import EVALUATION, write_model  # noqa: E402
 
 from foem_vllm.errors import FoemError  # noqa: E402
+from foem_vllm.expert_parts import Part, expert_specs  # noqa: E402
 from foem_vllm.format import FormatConfig, QuantSpec, dequantize, pack, unpack  # noqa: E402
 from foem_vllm.plugin.config import FoemConfig  # noqa: E402
-from foem_vllm.plugin.moe import FoemMoEMethod, Part, expert_specs  # noqa: E402
+from foem_vllm.plugin.moe import FoemMoEMethod  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 NAMES = ("gate_proj", "up_proj", "down_proj")

@@ -11,6 +11,7 @@ import pathlib
 
 import torch
 
+from foem_vllm.expert_parts import expert_specs
 from foem_vllm.format import FormatConfig
 from foem_vllm.integrity import read_headers, verify_files
 from foem_vllm.plugin import compat
@@ -111,7 +112,7 @@ class FoemConfig(compat.QuantizationConfig):
 
     def experts_method(self, layer: torch.nn.Module, prefix: str):
         """The method of a layer's routed experts. Raises FoemError when they are not all quantized alike."""
-        from foem_vllm.plugin.moe import FoemMoEMethod, expert_specs
+        from foem_vllm.plugin.moe import FoemMoEMethod
 
         gate = layer.ckpt_gate_proj_name
         names = gate, layer.ckpt_up_proj_name or gate, layer.ckpt_down_proj_name
