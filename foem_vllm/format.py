@@ -271,13 +271,13 @@ class FormatConfig:
         """
         if not isinstance(config, dict):
             raise FoemError(f"{where}: the quantization config is {type(config).__name__}, not an object; the file is damaged")
-        method = str(first_of(config, "quant_method") or "gptq").lower()
+        method = str(first_of(config, "quant_method", "gptq")).lower()
         if method not in ("gptq", "foem"):
             raise FoemError(
                 f"{where}: quant_method is {method!r}, not 'gptq'; this checkpoint is of another kind, serve it without "
                 "--quantization foem"
             )
-        checkpoint_format = first_of(config, "checkpoint_format") or "gptq"
+        checkpoint_format = first_of(config, "checkpoint_format", "gptq")
         if config.get("is_marlin_format"):
             checkpoint_format = "marlin"
         if checkpoint_format not in CHECKPOINT_FORMATS:
@@ -296,9 +296,8 @@ class FormatConfig:
             spec = QuantSpec(values["bits"], values["group_size"], bool(config.get("sym", False)), order)
         except FoemError as error:
             raise FoemError(f"{where}: {error}") from None
-        dynamic = config.get("dynamic") or None
-        check_rules(dynamic, where)
-        return cls(spec, checkpoint_format, bool(config.get("lm_head")), dynamic, config.get("meta"))
+        check_rules(config.get("dynamic"), where)
+        return cls(spec, checkpoint_format, bool(config.get("lm_head")), config.get("dynamic") or None, config.get("meta"))
 
 
 def first_of(config: dict, key: str, default=None):

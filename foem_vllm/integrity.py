@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +35,7 @@ def verify_files(folder: str | pathlib.Path, meta: dict | None) -> int:
     meta: the `meta` dictionary of quantization_config; without checksums in it nothing is compared. FOEM_SKIP_CHECKSUM=1
     skips the comparison. Raises FoemError naming the first file that is missing or differs.
     """
-    foem = (meta or {}).get("foem")
+    foem = meta.get("foem") if isinstance(meta, dict) else None
     expected = foem.get("sha256") if isinstance(foem, dict) else None
     if not isinstance(expected, dict) or os.environ.get("FOEM_SKIP_CHECKSUM") == "1":
         return 0
@@ -51,24 +53,36 @@ def verify_files(folder: str | pathlib.Path, meta: dict | None) -> int:
     return len(paths)
 
 
+def weight_map(folder: pathlib.Path) -> dict[str, str] | None:
+    """{tensor: file} of the index, None when there is none. Raises FoemError when it is damaged or names a missing file."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = set(names.values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FoemError(f"{index}: no readable weight_map ({error!r}); the file is damaged, download it again") from None
+    if not files:
+        raise FoemError(f"{index} names no file; it is damaged, download it again")
+    for name in files:
+        if not isinstance(name, str) or not (folder / name).is_file():
+            raise FoemError(f"{folder / str(name)} is missing, but {INDEX} names it; download it again")
+    return names
+
+
 def weight_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
     """The safetensors files that hold the weights: those of the index, or all of them when there is none."""
     folder = pathlib.Path(folder)
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise FoemError(f"{index}: no readable weight_map ({error!r}); the file is damaged, download it again") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise FoemError(f"{folder / name} is missing, but {INDEX} names it; download it again")
-    return [folder / name for name in names]
+    names = weight_map(folder)
+    return sorted(folder.glob("*.safetensors")) if names is None else [folder / name for name in sorted(set(names.values()))]
 
 
 def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (safetensors dtype, shape)} of one file. Raises FoemError when the file is shorter or longer than it says."""
+    """{tensor: (safetensors dtype, shape)} of one file.
+
+    Raises FoemError when the file is shorter or longer than it says, and on a tensor whose bytes are not those of its shape.
+    """
     size = path.stat().st_size
     again = "download or quantize it again"
     with open(path, "rb") as file:
@@ -77,10 +91,22 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise FoemError(f"{path} is truncated: {size} bytes do not hold its header; {again}")
         try:
             header = json.loads(file.read(length))
-            tensors = {name: (info["dtype"], tuple(info["shape"])) for name, info in header.items() if name != "__metadata__"}
-            end = max((info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            header.pop("__metadata__", None)
+            tensors = {name: (info["dtype"], tuple(info["shape"])) for name, info in header.items()}
+            spans = {name: tuple(map(int, info["data_offsets"])) for name, info in header.items()}
+            wrong = next((name for name in spans if not _fits(*tensors[name], *spans[name])), None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FoemError(f"{path}: the safetensors header is damaged ({error!r}); {again}") from None
+    if wrong is not None:
+        raise FoemError(
+            f"{path}: {wrong} is {tensors[wrong][0]} {list(tensors[wrong][1])}, but its bytes are {list(spans[wrong])}; the "
+            f"header is damaged, {again}"
+        )
+    end = 0
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end:
+            raise FoemError(f"{path}: {name} begins at byte {start}, but byte {end} is next; the header is damaged, {again}")
+        end = stop
     if 8 + length + end != size:
         raise FoemError(
             f"{path} is {size} bytes, but its header describes {8 + length + end}; it was cut off or damaged, {again}"
@@ -88,9 +114,23 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def _fits(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> bool:
+    """Whether a tensor's bytes start .. stop are as many as its shape needs; True for dtypes that are not known here."""
+    bits = re.search(r"\d+", dtype)
+    if min(start, stop - start, *shape, 0) < 0:
+        return False
+    width = {"BOOL": 1}.get(dtype) or (int(bits[0]) / 8 if bits else None)
+    return width is None or stop - start == math.prod(shape) * width
+
+
 def read_headers(folder: str | pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (safetensors dtype, shape)} of a whole checkpoint folder; empty when it holds no safetensors."""
-    tensors = {}
-    for path in weight_files(folder):
-        tensors.update(read_header(path))
-    return tensors
+    """{tensor: (safetensors dtype, shape)} of a whole checkpoint folder; empty when it holds no safetensors.
+
+    Raises FoemError on damaged files (see `read_header`), and on an index that names a tensor or a file that is not there.
+    """
+    folder = pathlib.Path(folder)
+    found = {path.name: read_header(path) for path in weight_files(folder)}
+    for tensor, name in (weight_map(folder) or {}).items():
+        if tensor not in found[name]:
+            raise FoemError(f"{folder / name} holds no {tensor}, but {INDEX} says so; download both again")
+    return {tensor: info for tensors in found.values() for tensor, info in tensors.items()}

@@ -64,4 +64,4 @@ class Quantized(NamedTuple):
 
 def group_index(k: int, spec: QuantSpec) -> torch.Tensor:
     """[K] int32: the group of every column without activation order."""
-    return torch.arange(k, dtype=torch.int32) // (k if spec.group_size == -1 else spec.group_size)
+    return torch.arange(k, dtype=torch.int32) // (k if spec.group_size == -1 else min(spec.group_size, max(k, 1)))
