@@ -259,8 +259,10 @@ def compile_all():
             file.write(kernel.asm["cubin"])
             file.flush()
             usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+            sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
-        return kernel, {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3]), "shared": kernel.metadata.shared}
+        return kernel, {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3]), "shared": kernel.metadata.shared,
+                        "serialized": max(0, sass.count("WARPGROUP.ARRIVE") - kernel.asm["ptx"].count("wgmma.fence"))}
 
     report, hidden, inner, g = {}, 2048, 768, 128
     for case in COMPILED:
@@ -358,6 +360,7 @@ def test_compiled(reports, case):
     assert found["shared"] <= (227 if case[0] >= 90 else 99) * 1024
     if case[0] == 90:
         assert found["wgmma"] == found["wgmma_from_registers"] > 0
+        assert found["serialized"] == 0, "each wgmma waits for the one before"
         assert found["stored_per_round"] <= 3 * 4 * found["config"]["block_n"] < found["tile_bytes"]
         assert found["exchanged"] == 0, "weights move between lanes"
 

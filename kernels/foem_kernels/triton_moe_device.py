@@ -111,6 +111,7 @@ def grouped(x, w, scales, zeros, pair_weights, order, block_expert, y, pairs, n_
     tiles = k_size // BLOCK_K
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, tiles)
+    tl.assume(begin < end)  # as in triton_w4a16_device: keeps several wgmma under way
 
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     pair = tl.load(order + pid_m * BLOCK_M + tl.arange(0, BLOCK_M))
