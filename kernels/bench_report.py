@@ -1,12 +1,15 @@
 """What becomes of kernels/bench.py's measurements: comparisons, a table per shape, CSV, JSON and a plot.
 
-A row is a dict: shape, n, k, m, kernel, kind, best_of, note (None, or why there is no time), and as far as it got
+A row is a dict: shape, n, k, m, kernel, kind, best_of, activations ("as given", or how they are rounded), note (None, or why
+there is no time), and as far as it got
     bytes            of weights, x and y
     error, worst     against float64: relative, Frobenius norm; of the worst element over its standard deviation
     us               median of the rounds; us_min, us_max: the fastest and the slowest
     GB/s, TFLOP/s    of those bytes and of 2 m n k operations
     of_floor         1 is what the measured ceilings allow at best
-    x_dense          above 1: faster than dense bf16; x_best_peer: than the fastest kind "peer" of this shape and m
+    x_dense          above 1: faster than dense bf16
+    x_best_peer      above 1: faster than the fastest kind "peer" of this shape and m; peers that round activations compete only
+                     with kernels that do too
 """
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ import csv
 import json
 import pathlib
 
-COLUMNS = ("device", "commit", "shape", "n", "k", "m", "kernel", "kind", "us", "us_min", "us_max", "GB/s", "TFLOP/s", "of_floor",
-           "x_dense", "x_best_peer", "error", "worst", "bytes", "note")
+COLUMNS = ("device", "commit", "shape", "n", "k", "m", "kernel", "kind", "activations", "us", "us_min", "us_max", "GB/s",
+           "TFLOP/s", "of_floor", "x_dense", "x_best_peer", "error", "worst", "bytes", "note")
 DENSE = "dense bf16"
+AS_GIVEN = "as given"
 
 
 def compare(rows: list[dict]) -> list[dict]:
@@ -29,11 +33,12 @@ def compare(rows: list[dict]) -> list[dict]:
             best = {**best, "note": f"of {len(variants)}: {best['kernel']}"}
         kept.append({**best, "kernel": family})
     times = {row["kernel"]: row["us"] for row in kept if "us" in row}
-    peer = min((row["us"] for row in kept if "us" in row and row["kind"] == "peer"), default=None)
     for row in kept:
         if "us" in row:
+            peers = [other["us"] for other in kept if "us" in other and other["kind"] == "peer"
+                     and (other["activations"] == AS_GIVEN or row["activations"] != AS_GIVEN)]
             row["x_dense"] = times[DENSE] / row["us"] if DENSE in times else None
-            row["x_best_peer"] = peer / row["us"] if peer else None
+            row["x_best_peer"] = min(peers) / row["us"] if peers else None
     return kept
 
 
@@ -51,7 +56,9 @@ def table(shape: str, n: int, k: int, rows: list[dict]) -> None:
         shown.add_row(str(m), *(cell(found.get(name), fastest) for name in names))
     # a width of its own: a pipe has none, and a table cut at 80 columns is worthless
     Console(width=8 + sum(max(len(name), 18) + 3 for name in names)).print(shown)
-    for note in dict.fromkeys(f"{row['kernel']}: {row['note']}" for row in rows if row["note"] and "us" not in row):
+    notes = [f"{row['kernel']}: activations rounded to {row['activations']}" for row in rows if row["activations"] != AS_GIVEN]
+    notes += [f"{row['kernel']}: {row['note']}" for row in rows if row["note"] and "us" not in row]
+    for note in dict.fromkeys(notes):
         print(f"  {note}")
 
 
