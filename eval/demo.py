@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import track
@@ -30,6 +32,7 @@ SEQUENCES = 64  # of CONTEXT tokens, for the KL: its standard error is then abou
 NAME = "tinylm-foem"
 COMPLETION = "The `Vec` type in Rust is"
 CHAT = "Tell me about the Python json module."
+TIE = 0.125  # nats: two steps of bfloat16 at logits of 8 to 16, in which both kernels' answers are rounded
 console = Console(highlight=False)
 START = time.monotonic()
 
@@ -72,6 +75,40 @@ def ask(base_url: str) -> dict[str, str]:
     if answers["streamed"] != answers["completion"]:
         console.print("[yellow]  the streamed answer differs from the other one[/]")
     return answers
+
+
+@contextlib.contextmanager
+def reference_kernel() -> Iterator[None]:
+    """Servers started here multiply with the reference path."""
+    before = os.environ.get("FOEM_KERNEL")
+    os.environ["FOEM_KERNEL"] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop("FOEM_KERNEL")
+        if before is not None:
+            os.environ["FOEM_KERNEL"] = before
+
+
+def greedy(base_url: str):
+    """Logprobs of the greedy completion: `tokens`, and in `top_logprobs` the five most probable ones at each place."""
+    from openai import OpenAI
+    client = OpenAI(base_url=base_url, api_key="none", timeout=120)
+    return client.completions.create(model=NAME, prompt=COMPLETION, max_tokens=40, temperature=0, logprobs=5).choices[0].logprobs
+
+
+def check_same(found, wanted) -> str:
+    """How the kernel's greedy answer compares with the reference path's, which may part at a tie. Raises FoemError if not so."""
+    from foem_vllm.errors import FoemError
+    for i, (token, best) in enumerate(zip(found.tokens, wanted.tokens, strict=True)):
+        if token != best:
+            chances = wanted.top_logprobs[i]
+            gap = chances[best] - chances.get(token, float("-inf"))
+            if gap < TIE:
+                return f"the same {i} tokens as the reference path, then a tie: {token!r} or {best!r}, {gap:.3f} nats apart"
+            raise FoemError(f"token {i} of the greedy answer is {token!r}, the reference path's is {best!r}, more probable by "
+                            f"{gap:.3f} nats: the kernel is wrong; see where with `make test ARGS=tests/test_kernels.py`")
+    return f"all {len(wanted.tokens)} tokens are the reference path's"
 
 
 def show(kind: str, prompt: str, answer: str) -> None:
@@ -126,7 +163,12 @@ def main() -> None:
             with console.status("starting vLLM (up to a minute)"):
                 base_url = stack.enter_context(processes.vllm_server(str(out / "balanced"), out / "serve.log", *arguments))
             step(3, f"Ask it at {base_url} with the openai client")
-            answers = ask(base_url)
+            answers, found = ask(base_url), greedy(base_url)
+        with reference_kernel(), contextlib.ExitStack() as stack:
+            with console.status("starting vLLM again, with FOEM_KERNEL=reference"):
+                base_url = stack.enter_context(processes.vllm_server(str(out / "balanced"), out / "reference.log", *arguments))
+            answers["kernel"] = check_same(found, greedy(base_url))
+        show("greedy", COMPLETION, answers["kernel"])
 
         step(4, "Measure with lm-eval on vLLM: bf16 and the four checkpoints")
         rows = []
