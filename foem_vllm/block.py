@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import nn
 
-from foem_vllm import capture, models, selection
+from foem_vllm import capture, experts, models, selection
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, dequantize
 from foem_vllm.grid import round_to_nearest
@@ -58,7 +58,9 @@ class BlockSolver:
             with known.of(b):
                 return self.inputs.call(index, block, b)
 
-        stages = self._find_stages(block, linears, functools.partial(run, 0))
+        separate = experts.find(block)
+        plain = {n: m for n, m in linears.items() if not any(n.startswith(f"{name}.") for name in separate)}
+        stages = self._find_stages(block, plain, run)
         # Several sequences, of different batches where there are some: routed experts then show that they do not see all tokens.
         hidden = self.inputs.hidden
         several = min(4, len(hidden[0]))
@@ -67,7 +69,7 @@ class BlockSolver:
         alone = [s[0] for s in stages if len(s) == 1]
         places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
         parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone if self._can_keep(linears[n])}
-        shown = self._record(index, untouched, stages, places) if self.original else None
+        shown = self._record(index, untouched, stages, places, set(separate)) if self.original else None
         reached: set[str] = set()
         for stage in stages:
             part = parts.get(stage[0])
@@ -78,11 +80,32 @@ class BlockSolver:
             if part is not None and all(x is not None for x in fed):
                 known.add(part, [linears[stage[0]](x) for x in fed])
             del fed
-        for n, linear in linears.items():
+        for name in separate:
+            yield from self._solve_experts(block, untouched, prefix, name, linears, shown, run)
+        for n, linear in plain.items():
             if n not in reached:
                 yield self._nearest(linear, prefix + n, ["no calibration token reached it: rounded to nearest"])
         for b in range(len(self.inputs.hidden)):
             self.inputs.hidden[b] = run(b)
+
+    def _solve_experts(
+        self, block: nn.Module, untouched: nn.Module | None, prefix: str, name: str, linears: dict[str, nn.Linear], shown, run
+    ) -> Iterator[tuple[LayerResult, Quantized]]:
+        """Quantize separate experts, one after the other, on the tokens that the router gives each: what reaches the router is
+        known once, because no expert feeds another. With `shown` they are aimed at their own outputs in the original model."""
+        module = block.get_submodule(name)
+        calls = experts.recorded_calls(module, run, len(self.inputs.hidden))
+        drift = (untouched.get_submodule(name), [s[name].flatten(0, -2) for s in shown]) if shown else ()
+        for expert, stage in module.stages():
+            members = {f"{name}.{n}": linears[f"{name}.{n}"] for n in stage if f"{name}.{n}" in linears}
+            if not members:
+                continue
+            moments, tokens = experts.moments_of(module, expert, stage[0], calls, selection.FOLDS, *drift)
+            for result, q in self._solve_stage(members, prefix, moments):
+                result.tokens = tokens
+                if tokens < result.k:
+                    result.notes.append(f"{tokens} tokens for {result.k} inputs: Hessian shrunk towards that of all tokens")
+                yield result, q
 
     def _solve_stage(
         self, linears: dict[str, nn.Linear], prefix: str, moments: capture.Moments
@@ -140,23 +163,29 @@ class BlockSolver:
         return self._found[key]
 
     def _find_stages(self, block: nn.Module, linears: dict[str, nn.Linear], run: Callable) -> list[list[str]]:
-        """capture.find_stages, once for all blocks built alike if none of their linears depends on the text (routed experts)."""
+        """capture.find_stages, once for all blocks built alike if the first batch reaches all their linears; else (routed experts
+        that are modules of their own) of every batch, until all are reached."""
         key = type(block), tuple(linears)
-        if key not in self._found:
-            stages = capture.find_stages(linears, run)
-            if sum(map(len, stages)) < len(linears):
-                return stages
+        if key in self._found:
+            return self._found[key]
+        stages = capture.find_stages(linears, functools.partial(run, 0))
+        if sum(map(len, stages)) == len(linears):
             self._found[key] = stages
-        return self._found[key]
+        for b in range(1, len(self.inputs.hidden)):
+            missing = linears.keys() - {n for stage in stages for n in stage}
+            if not missing:
+                break
+            stages = stages + capture.find_stages({n: linears[n] for n in linears if n in missing}, functools.partial(run, b))
+        return stages
 
     def _record(
-        self, index: int, untouched: nn.Module, stages: list[list[str]], places: dict[str, str | None]
+        self, index: int, untouched: nn.Module, stages: list[list[str]], places: dict[str, str | None], others: set[str]
     ) -> list[dict[str, torch.Tensor]]:
         """What the original block shows, batch by batch, where the quantized one will be compared with it; advances its stream.
 
         Three more hidden states a token for the usual block: the price of running it only once.
         """
-        names = {"", *(s[0] if places.get(s[0]) is None else places[s[0]] for s in stages)}
+        names = {"", *others, *(s[0] if places.get(s[0]) is None else places[s[0]] for s in stages)}
         shown = []
         for b in range(len(self.original.hidden)):
             shown.append(capture.observe(untouched, names, functools.partial(self.original.call, index, untouched, b)))

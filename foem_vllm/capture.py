@@ -167,6 +167,8 @@ def find_sum(block: nn.Module, name: str, run: Callable[[], torch.Tensor]) -> st
         seen.clear()
         with hooks([linear.register_forward_hook(add)]):
             moved = {"": run(), **seen}
+    if not extra:
+        return None  # an expert that no token of this text is routed to
     for place in ["", *reversed(list(seen))]:
         a, b = plain.get(place), moved[place]
         # Some models flatten batch and sequence on the way (OPT).

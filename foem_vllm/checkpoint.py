@@ -258,5 +258,6 @@ def describe(folder: pathlib.Path) -> dict:
         "recipe": (config.meta or {}).get("foem", {}),
         "by_kind": reported.get("by_kind", {}),
         "tuning": reported.get("tuning"),
+        "tokens_of_experts": reported.get("tokens_of_experts", {}),
         "layers": layers,
     }

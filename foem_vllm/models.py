@@ -1,8 +1,8 @@
 """What this project knows about transformers models: how to build an empty one, and where its blocks and linears are.
 
 The only module that names transformers classes. Nothing here is a table of architectures: blocks are the module list with as
-many entries as the config has layers, linears are the `nn.Linear`s inside. Left out so far: fused 3-D expert weights and
-Conv1D (GPT-2), which are reported as not quantized.
+many entries as the config has layers, linears are the `nn.Linear`s inside (of experts: see `experts.separate`). Left out so
+far: Conv1D (GPT-2), reported as not quantized.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Name in the block -> linear, of every linear that can be quantized."""
-    return {name: m for name, m in block.named_modules() if type(m) is nn.Linear}
+    """Name in the block -> linear, of every linear that can be quantized: all but routers, which stand beside their experts."""
+    routers = {id(child) for m in block.modules() if hasattr(m, "experts") for child in m.children()}
+    return {name: m for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in routers}
 
 
 def find_unquantizable(block: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ import time
 import torch
 from torch import nn
 
-from foem_vllm import calibration, endtoend, models, selection
+from foem_vllm import calibration, endtoend, experts, models, selection
 from foem_vllm.block import BlockSolver
 from foem_vllm.checkpoint import Writer, check_output, check_space, tensor_sizes
 from foem_vllm.errors import FoemError
@@ -49,6 +49,7 @@ def quantize(
     weights = Weights(folder)
     dtype = compute_dtype(device, stored_dtype(weights))
     empty = models.build_empty(hf_config, dtype, config.trust_remote_code)
+    experts.separate(empty, weights)
     blocks_name, blocks = models.find_blocks(empty)
     chosen, skipped = choose_linears(blocks_name, blocks, spec, config.exclude, weights)
     stored = sum(size for _, size in tensor_sizes(folder).values())
@@ -71,6 +72,7 @@ def quantize(
             guidance = endtoend.guide(empty, blocks, blocks_name, weights, start, dtype)
         solver = BlockSolver(recipe, grid_dtypes, inputs, original, guidance)
         untuned: dict[str, Quantized] = {}
+        done: set[str] = set()
         report.seconds["prepare"] = time.perf_counter() - started
         for index, template in enumerate(blocks):
             prefix = f"{blocks_name}.{index}."
@@ -78,26 +80,30 @@ def quantize(
             block = load_block(template, prefix, weights, dtype, device)
             untouched = load_block(template, prefix, weights, dtype, device) if original else None
             for result, q in solver.solve(index, block, untouched, prefix, chosen):
-                report.layers.append(result)
+                done.add(result.name)
                 if recipe.finetune_scales:
                     untuned[result.name] = q
                 else:
-                    writer.add_linear(result.name, q, spec, recipe.checkpoint_format)
+                    writer.add_linear(weights.stored_name(result.name), q, spec, recipe.checkpoint_format)
+                result.name = weights.stored_name(result.name)
+                report.layers.append(result)
         if untuned:
             tuned = endtoend.tune_scales(
                 empty, blocks, blocks_name, weights, start, original.hidden, untuned, spec, dtype, grid_dtypes, step_done=step
             )
             report.tuning = {"held_out_kl_before": tuned.before, "held_out_kl_after": tuned.after}
             for name, q in untuned.items():
-                writer.add_linear(name, q._replace(scales=tuned.scales[name]), spec, recipe.checkpoint_format)
-        done = {layer.name for layer in report.layers}
+                q = q._replace(scales=tuned.scales[name])
+                writer.add_linear(weights.stored_name(name), q, spec, recipe.checkpoint_format)
         for name in weights.files:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in done):
-                writer.add(name, weights.read(name))
+                writer.add(weights.stored_name(name), weights.read(name))
         step("verifying")
         report.seconds["total"] = time.perf_counter() - started
         meta = {"quantizer": ["foem-vllm:" + version()], "foem": dict(report.recipe)}
-        dynamic = {f"-:{re.escape(name)}$": {} for name in skipped if name in linear_names(blocks_name, blocks)} or None
+        linears = set(map(weights.stored_name, linear_names(blocks_name, blocks)))
+        left = [name.removesuffix(".weight") for name in skipped if name in linears or name.endswith(".weight")]
+        dynamic = experts.exclusion_rules(left) or None
         quantization = FormatConfig(spec, recipe.checkpoint_format, False, dynamic, meta)
         original_config = json.loads((folder / "config.json").read_text("utf-8"))
         writer.finish(
@@ -122,8 +128,8 @@ def choose_linears(
         prefix = f"{blocks_name}.{index}."
         for name, linear in models.find_linears(block).items():
             full = prefix + name
-            if any(re.search(pattern, full) for pattern in exclude):
-                skipped[full] = "excluded by --exclude"
+            if any(re.search(pattern, weights.stored_name(full)) for pattern in exclude):
+                skipped[weights.stored_name(full)] = "excluded by --exclude"
                 continue
             if f"{full}.weight" not in weights.files:
                 near = next(
@@ -141,7 +147,8 @@ def choose_linears(
                     f"{' or '.join(map(str, [*fitting, -1]))}, or leave it out with --exclude"
                 )
             chosen.add(full)
-        skipped.update({prefix + name: "not a plain linear" for name in models.find_unquantizable(block)})
+        skipped.update({weights.stored_name(prefix + n): "not a plain linear" for n in models.find_unquantizable(block)})
+    experts.check_whole(blocks_name, blocks, chosen)
     if not chosen:
         raise FoemError("no linear is left to quantize; check --exclude and the architecture")
     return chosen, skipped

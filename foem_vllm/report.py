@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from foem_vllm.experts import coverage
+
 REPORT_FILE = "foem_report.json"
 
 
@@ -62,6 +64,7 @@ class Report:
             "seconds": self.seconds,
             "tuning": self.tuning,
             "by_kind": by_kind(self.layers),
+            "tokens_of_experts": coverage({layer.name: layer.tokens for layer in self.layers}),
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
         }

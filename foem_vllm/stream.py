@@ -15,16 +15,30 @@ from foem_vllm.integrity import read_header, weight_files
 
 
 class Weights:
-    """The tensors of a folder of safetensors files, read one at a time by name."""
+    """The tensors of a folder of safetensors files, read one at a time by name. stored: what those are called in the files that
+    go by another name here."""
 
     def __init__(self, folder: pathlib.Path):
         self.files = {name: path for path in weight_files(folder) for name in read_header(path)}
+        self.stored: dict[str, str] = {}
+
+    def rename(self, old: str, new: str) -> None:
+        """Let names that begin with `old` begin with `new`."""
+        for name in [name for name in self.files if old != new and name.startswith(old)]:
+            self.files[new + name.removeprefix(old)] = self.files.pop(name)
+            self.stored[new + name.removeprefix(old)] = name
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor, or a module whose weight is one, is called in the files."""
+        if f"{name}.weight" in self.stored:
+            return self.stored[f"{name}.weight"].removesuffix(".weight")
+        return self.stored.get(name, name)
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self.files:
             raise FoemError(f"{name}: not among the model's weights; the files and config.json belong to different models")
         with safe_open(self.files[name], "pt") as f:
-            return f.get_tensor(name)
+            return f.get_tensor(self.stored.get(name, name))
 
 
 def fill(

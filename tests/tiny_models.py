@@ -31,11 +31,6 @@ CONFIGS = {
     "gemma": ("GemmaConfig", {**COMMON, "head_dim": 16}),
     "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 16, "sliding_window": 16}),
     "phi3": ("Phi3Config", COMMON),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {**COMMON, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    ),
-    "mixtral": ("MixtralConfig", {**COMMON, "head_dim": 32, "num_local_experts": 4, "sliding_window": None}),
     "opt": (
         "OPTConfig",
         dict(
@@ -65,11 +60,18 @@ CONFIGS = {
         ),
     ),
 }
+MOE_CONFIGS = {  # of fused experts: their linears are no modules of transformers' model
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**COMMON, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "mixtral": ("MixtralConfig", {**COMMON, "head_dim": 32, "num_local_experts": 4, "sliding_window": None}),
+}
 
 
 def write_model(folder: pathlib.Path, arch: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> pathlib.Path:
     """A model of `arch` with random weights in `folder`; the global random state is left as found."""
-    name, values = CONFIGS[arch]
+    name, values = (CONFIGS | MOE_CONFIGS)[arch]
     config = getattr(transformers, name)(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
