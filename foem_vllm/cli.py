@@ -1,4 +1,4 @@
-"""`foem`: quantize, inspect, analyze, eval, compare."""
+"""`foem`: quantize, inspect, doctor, analyze, eval, compare."""
 
 from __future__ import annotations
 
@@ -207,6 +207,28 @@ def inspect(
     if content["by_kind"]:
         console.print(kind_table(content["by_kind"]))
     console.print(layer_table(content["layers"], "layers"))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name; config and headers are read, no weights.")],
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or an NVIDIA GPU that need not be here: sm_90.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of one rank; default: what the device has.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what will run each layer, what fits, what is wrong, and whether stock vLLM serves it. Exit code 1 on problems, 2 if it
+    is no checkpoint."""
+    from foem_vllm.doctor import NotACheckpoint, examine
+    from foem_vllm.doctor_report import print_report
+
+    try:
+        found = examine(model, tensor_parallel_size, device, memory and int(memory * 1e9))
+    except NotACheckpoint as error:
+        print(f"foem: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(json.dumps(found, indent=2)) if as_json else print_report(found)
+    raise typer.Exit(bool(found["problems"]))
 
 
 @app.command()

@@ -1,0 +1,93 @@
+"""Whether vLLM's own GPTQ serves a checkpoint: the rules of `--quantization gptq` in vLLM 0.32, written down.
+
+Rules follow from the config and the layers' shapes; vLLM is not imported. What it refuses is refused before or while weights are
+loaded; nothing here is about speed. Left out: ROCm, XPU and TPU, Exllama (float16 only), optional packages (Conch, Humming).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from foem_vllm.format import FormatConfig
+from foem_vllm.layers import Experts, Layer
+
+NEEDED = ("bits", "group_size", "desc_act", "sym")
+TYPES = ((4, True), (8, True))  # (bits, sym)
+GROUPS = (-1, 32, 64, 128)
+CPU_STEP = 32  # cpu_gemm_wna16 takes inputs and outputs in multiples of it
+VOCABULARY_STEP = 64
+LEAST_CAPABILITY = (7, 5)
+
+
+def refusals(raw: Mapping, config: FormatConfig, layers: Sequence[Layer | Experts], device: str) -> list[str]:
+    """Every reason why stock vLLM does not serve it; empty: it does. raw: the quantization config as it is stored.
+
+    layers: as one rank computes them. device: "cpu", "cuda" or an architecture.
+    """
+    found = [*config_refusals(raw)]
+    if not found:  # else no layer is ever looked at
+        for layer in layers:
+            found += experts_refusals(layer, device) if isinstance(layer, Experts) else layer_refusals(raw, config, layer, device)
+    return list(dict.fromkeys(found))
+
+
+def config_refusals(raw: Mapping) -> Iterator[str]:
+    missing = [key for key in NEEDED if key not in raw]
+    if missing:
+        yield f"the config has no {' and no '.join(missing)}"
+        return
+    if raw["desc_act"] and raw["group_size"] != -1:
+        yield "activation order (desc_act) with groups is no longer served"
+    rules = {"": {}, **(raw.get("dynamic") or {})}
+    for rule, override in rules.items():
+        if rule.startswith("-:"):
+            continue
+        bits, sym, order, group = (override.get(key, raw[key]) for key in ("bits", "sym", "desc_act", "group_size"))
+        where = f" (rule {rule!r})" if rule else ""
+        if rule and order and group != -1:
+            yield f"activation order (desc_act) with groups is no longer served{where}"
+        if (bits, sym) not in TYPES:
+            yield f"{bits}-bit {'symmetric' if sym else 'asymmetric'} weights are not served{where}, only symmetric 4 and 8 bits"
+
+
+def layer_refusals(raw: Mapping, config: FormatConfig, layer: Layer, device: str) -> Iterator[str]:
+    """vLLM looks rules up by the fused name, and knows one spec for all that is fused."""
+    kind = layer.kind
+    names = ", ".join(member.rpartition(".")[2] for member in layer.members)
+    if set(layer.members.values()) != {config.spec_for(layer.name)}:
+        yield f"{kind}: vLLM fuses {names}, whose rules it looks up as those of {kind}"
+        return
+    spec = layer.parts[0].spec
+    if layer.head and not raw.get("lm_head"):
+        yield f"{kind} is quantized, but the config does not say so (lm_head)"
+    if layer.head and layer.stored_n % VOCABULARY_STEP:
+        yield f"{kind}: a quantized head needs a vocabulary that {VOCABULARY_STEP} divides, not {layer.stored_n}"
+    if spec.group_size not in GROUPS:
+        yield f"groups of {spec.group_size} are not served, only of {', '.join(map(str, GROUPS))}"
+    if spec.group_size > 0 and layer.k % spec.group_size:
+        yield f"{kind}: {layer.k} inputs of a rank are no whole groups of {spec.group_size}"
+    if device == "cpu" and spec.bits != 4:
+        yield f"{spec.bits}-bit weights are not served on CPUs"
+    if device == "cpu":
+        for what, size in (("inputs", layer.k), ("outputs", layer.n)):
+            if size % CPU_STEP:
+                yield f"{kind}: {size} {what} of a rank are no multiple of {CPU_STEP}"
+    elif (capability := capability_of(device)) is not None and capability < LEAST_CAPABILITY:
+        yield "Marlin needs compute capability 7.5, found {}.{}".format(*capability)
+
+
+def experts_refusals(experts: Experts, device: str) -> Iterator[str]:
+    if device == "cpu" and not torch.cpu._is_amx_tile_supported():
+        yield f"{experts.kind}: quantized experts are served only on CPUs with AMX"
+    if device == "cpu" and any(part.spec.bits != 4 for part in experts.parts):
+        yield f"{experts.kind}: only 4-bit experts are served on CPUs"
+
+
+def capability_of(device: str) -> tuple[int, int] | None:
+    """Of a named architecture, or of this machine's GPU; None where there is none."""
+    if named := re.fullmatch(r"sm_(\d+)(\d)[af]?", device):
+        return int(named[1]), int(named[2])
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

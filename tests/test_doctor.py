@@ -1,0 +1,322 @@
+"""`foem doctor`: its predictions against what the plugin, vLLM's own rules, the kernels and transformers then do."""
+from __future__ import annotations
+
+import http.server
+import itertools
+import json
+import pathlib
+import threading
+
+import foem_kernels
+import pytest
+import torch
+from checkpoints import edit_config, write_config, write_rtn_checkpoint
+from safetensors.torch import load_file, save_file
+from tiny_models import write_model
+from typer.testing import CliRunner
+
+from foem_vllm import stock
+from foem_vllm.cli import app
+from foem_vllm.doctor import NotACheckpoint, examine
+from foem_vllm.errors import FoemError
+from foem_vllm.format import FormatConfig, QuantSpec, read_config, unpack
+from foem_vllm.layers import Layer, Product
+
+
+@pytest.fixture
+def made(untrained, tmp_path):
+    def make(spec=QuantSpec(4, 64), **options) -> pathlib.Path:  # noqa: B008
+        return write_rtn_checkpoint(untrained, tmp_path / "checkpoint", spec, **options)
+    return make
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+
+
+def shapes(found: dict) -> dict[str, tuple[int, int]]:
+    return {row["name"]: (row["n"], row["k"]) for row in found["layers"]}
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 64), QuantSpec(3, 32, False), QuantSpec(8, -1), QuantSpec(2, 64, False, "full")])
+def test_layers_kernels_and_bytes_are_those_of_the_kernels(made, spec):
+    folder = made(spec, lm_head=True)
+    found = examine(str(folder), device="cpu")
+    assert shapes(found) == {"qkv_proj": (256, 128), "o_proj": (128, 128), "gate_up_proj": (512, 128), "down_proj": (128, 256),
+                             "lm_head": (256, 128)}
+    assert {row["kernel"] for row in found["layers"]} == {"cpu_w4a16"} and found["ours"] == {"served": True, "why": []}
+    assert all(row["bits"] == spec.bits and row["act_order"] == spec.desc_act for row in found["layers"])
+    assert all(row["count"] == (1 if row["name"] == "lm_head" else 2) for row in found["layers"])
+    tensors, size, shared = load_file(folder / "model.safetensors"), 0, 0
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        stored = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+        q = unpack(stored, spec, read_config(folder).checkpoint_format, name)
+        prepared = foem_kernels.prepare(*q, bits=spec.bits, group_size=spec.group_size, dtype=torch.bfloat16, device="cpu")
+        size += sum(t.nbytes for t in prepared.weights.values() if isinstance(t, torch.Tensor))
+        shared += 4 * q.codes.shape[1] * (spec.desc_act and name.endswith(("k_proj", "v_proj", "up_proj")))
+    assert found["memory"]["quantized"] == size - shared  # fused modules have one order of columns together
+    rest = sum(t.numel() for name, t in tensors.items() if name.endswith(("norm.weight", "embed_tokens.weight")))
+    assert found["memory"]["rest"] == 2 * rest
+
+
+def test_room_for_the_kv_cache_is_what_transformers_takes(made, untrained):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(untrained, dtype=torch.bfloat16)
+    cache = model(torch.arange(10)[None], use_cache=True).past_key_values
+    taken = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) // 10
+    memory = examine(str(made()), device="cpu", memory=10 ** 7)["memory"]
+    assert memory["kv_bytes_per_token"] == taken
+    assert memory["kv_tokens"] == (10 ** 7 - memory["quantized"] - memory["rest"]) // taken
+
+
+def test_a_gpu_that_is_not_here(made, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked about this machine"))
+    folder = made(QuantSpec(3, 64, False))
+    assert {row["kernel"] for row in examine(str(folder), device="sm_90")["layers"]} == {"triton_w4a16"}
+    old = examine(str(folder), device="sm_70", memory=10 ** 9)
+    assert {row["kernel"] for row in old["layers"]} == {"reference"} and old["ours"]["served"]
+    assert "triton_w4a16 needs compute capability 8.0, found 7.0" in old["layers"][0]["why_not_faster"]
+    assert examine(str(folder), device="sm_90")["memory"]["kv_tokens"] is None
+    with pytest.raises(FoemError, match="--device gpu: choose cpu, cuda"):
+        examine(str(folder), device="gpu")
+
+
+def test_ranks_cut_inputs_outputs_and_copy_heads(made):
+    folder = made(QuantSpec(4, 64), lm_head=True)
+    found = examine(str(folder), 2, "cpu")
+    assert shapes(found) == {"qkv_proj": (64 + 2 * 64, 128), "o_proj": (128, 64), "gate_up_proj": (256, 128),
+                             "down_proj": (128, 128), "lm_head": (128, 128)}  # the only kv head is on both ranks
+    assert found["ours"]["served"] and found["stock"]["served"]
+
+
+def test_groups_cut_by_ranks(untrained, tmp_path):
+    """Groups of 128 over 64 inputs a rank: ours serves one group of 64, stock refuses."""
+    found = examine(str(write_rtn_checkpoint(untrained, tmp_path / "a", QuantSpec(4, 128))), 2, "cpu")
+    row = next(row for row in found["layers"] if row["name"] == "o_proj")
+    assert row["group_size"] == row["k"] == 64 and found["ours"]["served"]
+    assert found["stock"]["why"] == ["o_proj: 64 inputs of a rank are no whole groups of 128"]
+    three = examine(str(tmp_path / "a"), 3, "cpu")
+    said = [f"{p['tensor']} {p['problem']}" for p in three["problems"]]
+    assert "config.json gives the model 2 attention heads, which 3 ranks cannot share evenly" in said
+    assert "model.layers.1.mlp.down_proj has 256 inputs, which 3 ranks cannot share evenly" in said
+    assert not three["ours"]["served"] and not three["stock"]["served"]
+
+
+@pytest.mark.parametrize("bits,sym,group,order,dynamic", [
+    *itertools.product((2, 3, 4, 8), (True, False), (-1, 64), (False, True), (None,)),
+    (4, True, 64, False, {"+:.*q_proj": {"bits": 3}}), (4, True, 64, False, {"-:.*q_proj": {}}),
+    (4, True, 64, False, {".*q_proj": {"desc_act": True}}), (4, True, -1, True, {".*q_proj": {"group_size": 32}}),
+])
+def test_stock_rules_of_configs_are_vllms(bits, sym, group, order, dynamic):
+    gptq = pytest.importorskip("vllm.model_executor.layers.quantization.auto_gptq")
+    raw = {"quant_method": "gptq", "bits": bits, "sym": sym, "group_size": group, "desc_act": order, "dynamic": dynamic}
+
+    def refused() -> bool:
+        try:
+            config = gptq.AutoGPTQConfig.from_config(raw)
+            for rule in dynamic or {}:
+                if not rule.startswith("-:"):
+                    gptq.override_config(config, "model.layers.0.self_attn.q_proj")
+        except ValueError:
+            return True
+        return False
+    assert bool(list(stock.config_refusals(raw))) == refused()
+
+
+def test_stock_needs_keys_that_old_configs_lack():
+    assert list(stock.config_refusals({"bits": 4, "group_size": 128})) == ["the config has no desc_act and no sym"]
+
+
+@pytest.mark.parametrize("bits,group", [*itertools.product((4, 8), (-1, 16, 32, 64, 128, 48))])
+def test_stock_rules_of_shapes_are_vllms(bits, group):
+    """Against the two places where vLLM's linear method refuses: its check of the width, and the choice of a kernel."""
+    pytest.importorskip("vllm")
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import verify_marlin_supported
+    from vllm.scalar_type import scalar_types
+    kind = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
+    spec = QuantSpec(bits, group)
+    config = FormatConfig(spec)
+    for k, n in itertools.product((128, 192, 144, 96), (64, 100, 96)):
+        if group > 0 and k % group:
+            continue  # refused by the loader, not by a rule
+        try:
+            verify_marlin_supported(kind, group)
+            choose_mp_linear_kernel(MPLinearLayerConfig((k, n), (k, n), kind, torch.bfloat16, group, False))
+            refused = False
+        except ValueError:
+            refused = True
+        problem = foem_kernels.Problem(n, k, bits, k, True, torch.bfloat16, "cpu")
+        name = "model.layers.0.mlp.down_proj"
+        layer = Layer(name, {name: spec}, n, k, n, (Product(spec, n, problem),))
+        assert bool(stock.refusals(config.to_json(), config, [layer], "cpu")) == refused, (k, n)
+
+
+@pytest.mark.parametrize("options,device,said", [
+    ({"spec": QuantSpec(4, 16)}, "sm_90", "groups of 16 are not served, only of -1, 32, 64, 128"),
+    ({"spec": QuantSpec(8, 64)}, "cpu", "8-bit weights are not served on CPUs"),
+    ({"spec": QuantSpec(4, 64), "dynamic": {r".*\.q_proj": {"bits": 8}}}, "sm_90", "qkv_proj: vLLM fuses q_proj, k_proj, v_proj"),
+    ({"spec": QuantSpec(4, 64)}, "sm_70", "Marlin needs compute capability 7.5, found 7.0"),
+])
+def test_stock_refuses_what_ours_serves(made, options, device, said):
+    found = examine(str(made(**options)), device=device)
+    assert found["ours"]["served"] and not found["problems"] and not found["stock"]["served"]
+    assert said in found["stock"]["why"][0]
+
+
+def drop(folder: pathlib.Path, *names: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name not in names}, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut(folder: pathlib.Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "sound": lambda folder: None,
+    "missing": lambda folder: drop(folder, "model.layers.0.mlp.up_proj.scales", "model.layers.1.mlp.down_proj.qzeros"),
+    "bits": lambda folder: edit_config(folder, bits=8),
+    "group": lambda folder: edit_config(folder, group_size=32),
+    "method": lambda folder: edit_config(folder, checkpoint_format="marlin"),
+    "value": lambda folder: edit_config(folder, desc_act="false"),
+    "excluded": lambda folder: edit_config(folder, dynamic={"-:.*up_proj": {}}),
+    "cut": cut,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_refuses_what_the_plugin_refuses(damage, made):
+    """Every finding of the doctor's; the plugin, which stops at the first one, says that one."""
+    pytest.importorskip("vllm")
+    from foem_vllm.plugin.config import FoemConfig
+    folder = made()
+    DAMAGE[damage](folder)
+    found = examine(str(folder), device="cpu")
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    try:
+        FoemConfig.from_config(raw).maybe_update_config(str(folder))
+        refused = None
+    except FoemError as error:
+        refused = str(error)
+    assert found["ours"]["served"] == (refused is None)
+    if refused is not None:
+        first = found["problems"][0]
+        assert first["problem"] in refused and first["remedy"] in refused
+        assert not found["stock"]["served"]
+    assert len(found["problems"]) == {"sound": 0, "missing": 2, "cut": 1, "method": 1, "value": 1, "excluded": 2}.get(
+        damage, len(found["problems"]))
+
+
+def test_every_damaged_file_is_named(untrained, tmp_path):
+    folder = write_rtn_checkpoint(untrained, tmp_path / "a", QuantSpec(4, 64))
+    tensors = list(load_file(folder / "model.safetensors").items())
+    for i in range(3):
+        save_file(dict(tensors[i::3]), folder / f"part{i}.safetensors")
+    (folder / "model.safetensors").unlink()
+    for i in (0, 2):
+        path = folder / f"part{i}.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+    problems = examine(str(folder), device="cpu")["problems"]
+    assert [pathlib.Path(p["tensor"]).name for p in problems] == ["part0.safetensors", "part2.safetensors"]
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral"])
+def test_experts(arch, tmp_path):
+    source = write_model(tmp_path / "source", arch)
+    found = examine(str(write_rtn_checkpoint(source, tmp_path / "a", QuantSpec(4, 32, False))), 2, "cpu")
+    rows = {row["name"]: row for row in found["layers"]}
+    inner = {"qwen3_moe": 64, "mixtral": 128}[arch]
+    assert (rows["experts gate_up"]["n"], rows["experts gate_up"]["k"]) == (inner, 64)  # half of gate and half of up
+    assert (rows["experts down"]["n"], rows["experts down"]["k"]) == (64, inner // 2)
+    assert rows["experts down"]["kernel"] == "cpu_w4a16" and found["ours"]["served"]
+    if not torch.cpu._is_amx_tile_supported():
+        assert "asymmetric" in found["stock"]["why"][0]
+    ordered = examine(str(write_rtn_checkpoint(source, tmp_path / "b", QuantSpec(4, 32, True, "full"))), 2, "cpu")
+    assert "cannot be split over ranks" in ordered["problems"][0]["problem"]
+    assert "--enable-expert-parallel" in ordered["problems"][0]["remedy"]
+    three = examine(str(write_rtn_checkpoint(source, tmp_path / "c", QuantSpec(3, 32))), device="sm_90")
+    assert "takes 4-bit codes, not 3-bit" in three["problems"][0]["problem"] and not three["ours"]["served"]
+
+
+def test_commands_exit_codes_and_json(made, untrained, tmp_path):
+    folder = made(QuantSpec(3, 64))
+    fine = run(folder, "--device", "cpu", "--memory", "0.1")
+    assert fine.exit_code == 0 and "cpu_w4a16" in fine.stdout and "--quantization foem: serves it" in fine.stdout
+    assert "does not serve it: 3-bit symmetric weights are not served" in fine.stdout
+    parsed = run(folder, "--device", "cpu", "--json")
+    assert parsed.exit_code == 0 and json.loads(parsed.stdout) == examine(str(folder), device="cpu")
+    drop(folder, "model.layers.0.mlp.up_proj.scales")
+    broken = run(folder)
+    assert broken.exit_code == 1 and "problem: model.layers.0.mlp.up_proj.scales is missing; download" in broken.stdout
+    assert run(tmp_path).exit_code == 2 and run("no/such/model/here").exit_code == 2
+    plain = run(untrained)
+    assert plain.exit_code == 0 and "not quantized (bfloat16); vLLM serves it as it is" in plain.stdout
+    config = json.loads((folder / "config.json").read_text())
+    write_config(folder, {**config, "quantization_config": {"quant_method": "awq", "bits": 4}})
+    other = run(folder)
+    assert other.exit_code == 0 and "quantized with awq, not GPTQ; serve it without --quantization foem" in other.stdout
+    (folder / "config.json").write_text("{")
+    with pytest.raises(NotACheckpoint, match="not valid JSON"):
+        examine(str(folder))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for: a repository's list of files, and the files, in parts."""
+
+    folder: pathlib.Path
+    asked: list
+
+    def do_GET(self):
+        commit = "0" * 40
+        if self.path.startswith("/api/models/"):
+            files = [path for path in self.folder.iterdir() if path.is_file()]
+            tree = [{"type": "file", "path": path.name, "oid": commit, "size": path.stat().st_size} for path in files]
+            about = {"id": "some/model", "sha": commit, "siblings": [{"rfilename": path.name} for path in files]}
+            body = json.dumps(tree if "/tree/" in self.path else about).encode()
+            return self.reply(200, body, {"Content-Type": "application/json"})
+        path = self.folder / self.path.rpartition("/")[2]
+        if not path.is_file():
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+        body = path.read_bytes()
+        headers = {"ETag": f'"{path.name}"', "X-Repo-Commit": commit}
+        if asked := self.headers.get("Range"):
+            start, stop = asked.removeprefix("bytes=").split("-")
+            body = body[int(start):int(stop) + 1]
+        if self.command == "GET":
+            self.asked.append((path.name, len(body)))
+        self.reply(206 if asked else 200, body, headers)
+
+    do_HEAD = do_GET
+
+    def reply(self, status, body, headers):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_repositories_are_read_without_their_weights(tinylm, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    folder = write_rtn_checkpoint(tinylm, tmp_path / "checkpoint", QuantSpec(4, 64))
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": []})
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        changes = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+                   "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": False}
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        found = examine("some/model", device="cpu")
+        server.shutdown()
+    assert found == {**examine(str(folder), device="cpu"), "model": "some/model"}
+    assert sum(size for name, size in handler.asked if name.endswith(".safetensors")) < 200_000
+    assert (folder / "model.safetensors").stat().st_size > 2_000_000
