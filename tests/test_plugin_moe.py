@@ -20,8 +20,10 @@ import torch
 pytest.importorskip("vllm")
 
 from checkpoints import rtn, write_rtn_checkpoint  # noqa: E402
-from tiny_models import EVALUATION, write_model  # noqa: E402
+from foem_eval.dequantized import write_dequantized  # noqa: E402
+from tiny_models import CALIBRATION, EVALUATION, write_model  # noqa: E402
 
+from foem_vllm import QuantizeConfig, quantize  # noqa: E402
 from foem_vllm.errors import FoemError  # noqa: E402
 from foem_vllm.expert_parts import Part, expert_specs  # noqa: E402
 from foem_vllm.format import FormatConfig, QuantSpec, dequantize, pack, unpack  # noqa: E402
@@ -162,11 +164,12 @@ def test_what_no_kernel_computes_is_refused(vllm_config, monkeypatch):
 
 EXCLUDED = {"dynamic": {r"-:.*layers\.0\..*experts": {}, r".*experts.*down_proj": {"bits": 8}}}
 RANKS = {"tensor_parallel_size": 2}
+OURS = {"foem": True}  # written by `foem quantize`
 VARIANTS = {  # architecture, spec, checkpoint format, rules, how it is served
     "qwen3_moe mixed": ("qwen3_moe", QuantSpec(4, 32, False), "gptq_v2", EXCLUDED, {}),
     "mixtral act-order": ("mixtral", QuantSpec(4, 32, False, "full"), "gptq_v2", {}, {}),
     "mixtral ranks": ("mixtral", QuantSpec(4, 32), "gptq", {}, RANKS),
-    "qwen3_moe expert parallel": ("qwen3_moe", QuantSpec(4, 32), "gptq", {}, {**RANKS, "enable_expert_parallel": True}),
+    "qwen3_moe expert parallel": ("qwen3_moe", QuantSpec(4, 32), "gptq", OURS, {**RANKS, "enable_expert_parallel": True}),
 }
 ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
        "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -177,11 +180,15 @@ NEW_TOKENS = 12
 def folders(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("experts"), {}
     sources = {arch: write_model(root / arch, arch) for arch in ("qwen3_moe", "mixtral")}
-    for arch, spec, kind, rules, _ in VARIANTS.values():
-        key = (arch, spec, kind)
-        if key not in made:
-            made[key] = write_rtn_checkpoint(sources[arch], root / f"{len(made)}", spec, kind, **rules)
-    return {name: made[variant[:3]] for name, variant in VARIANTS.items()}
+    for name, (arch, spec, kind, rules, _) in VARIANTS.items():
+        made[name] = root / name
+        if rules is OURS:
+            quantize(sources[arch], made[name], QuantizeConfig(preset="balanced", group_size=32, calibration=str(CALIBRATION),
+                                                               samples=8, seq_len=64, device="cpu"))
+            write_dequantized(made[name], made[name] / "dense", torch.float32)
+        else:
+            write_rtn_checkpoint(sources[arch], made[name], spec, kind, **rules)
+    return made
 
 
 @pytest.fixture(scope="module")
