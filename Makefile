@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench compile-table sanitize train-tinylm peers-compare peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench compile-table sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ train-tinylm: setup  ## train the demo's model again (an hour on two cores; over
 
 peers-compare: setup ## our solver and GPTQModel's on the same moments (installs GPTQModel into out/, once)
 	$(RUN) -m foem_eval.peers.compare_solver --peers-folder out/peers --json eval/results/gptqmodel_solver.json $(ARGS)
+
+peers-matrix: setup  ## serve GPTQModel's and AutoRound's checkpoints of every form, here and in stock vLLM (continues where it stopped)
+	$(RUN) -m foem_eval.peers.serving_matrix --peers-folder out/peers $(ARGS)
 
 peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
 	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)

@@ -1,12 +1,12 @@
 """Quantize a model with AutoRound on given token sequences. Runs in AutoRound's own environment; needs nothing of ours.
 
-    python autoround_quantize.py MODEL OUT TOKENS.safetensors [--bits 4] [--group-size 128] [--iters 200] [--seed 0]
+    python autoround_quantize.py MODEL OUT TOKENS.safetensors [--bits 4] [--group-size 128] [--asym] [--iters 200] [--seed 0]
 
 TOKENS holds `input_ids` [sequences, length] int64. Prints one JSON line: seconds to load, and to quantize and save.
 
 The sequences are handed over as ready batches, so AutoRound neither tokenizes, shuffles, filters nor truncates: it sees these
 tokens, all of them, in this order. Its loss leaves out the last position and tokens equal to the padding's, as with any data.
-Linears of the blocks are quantized symmetrically, lm_head is not; the format is GPTQ's first one (auto_gptq).
+Linears of the blocks are quantized, lm_head is not; the format is GPTQ's first one (auto_gptq).
 """
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("tokens")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--asym", action="store_true")
     parser.add_argument("--iters", type=int, default=200, help="steps of tuning a block; 200 is AutoRound's default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +46,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", trust_remote_code=args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     times.append(time.perf_counter())
-    rounder = AutoRound(model, tokenizer, bits=args.bits, group_size=args.group_size, sym=True, iters=args.iters,
+    rounder = AutoRound(model, tokenizer, bits=args.bits, group_size=args.group_size, sym=not args.asym, iters=args.iters,
                         dataset=batches, nsamples=len(ids), seqlen=ids.shape[1], batch_size=BATCH_SIZE, seed=args.seed,
                         device_map=args.device)
     # Packs each block as soon as it is tuned, into a folder of a name of its own inside the one given.

@@ -1,0 +1,222 @@
+"""Which checkpoints of GPTQModel and AutoRound are served: by this project's plugin, by stock vLLM, and as `foem doctor` says?
+
+    python -m foem_eval.peers.serving_matrix [--work out/serving_matrix] [--peers-folder out/peers] [--only REGEX]
+
+Every form of the format that GPTQModel writes (and a few that it writes and we do not read), from the first two layers of the
+demo's model with lm_head of its own. What a checkpoint means is what GPTQModel's own torch dequantization computes in float32.
+Ours is served in float32, where nothing but the order of sums differs; stock vLLM in bfloat16, since it takes 16 bits only, and
+counts as equal up to twice what bfloat16 does to the reference itself. Every step keeps its results in --work and is continued
+after an interruption; all of it takes about half an hour on two cores.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from foem_eval import processes
+from foem_eval.peers import environments
+from foem_eval.provenance import provenance
+from foem_vllm import calibration, doctor
+from foem_vllm.errors import FoemError
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+TINYLM, DATA = ROOT / "eval/tinylm/qwen3", ROOT / "eval/tinylm/data"
+EXACT = 1e-3  # nats: far above the rounding of float32 sums, far below a wrong zero point, scale or group
+ENGINES = {  # name -> (LLM options, environment)
+    "ours": ({"quantization": "foem", "dtype": "float32"}, {}),
+    "stock": ({"quantization": "gptq", "dtype": "bfloat16"}, {"VLLM_PLUGINS": ""}),
+}
+
+
+def plan() -> list[dict]:
+    """[{"name", "config"}]: the full product of width, symmetry, order and group, then what else a config can say."""
+    jobs = []
+
+    def add(bits: int, sym: bool, group: int, order: bool = False, name: str = "", **more) -> None:
+        words = [f"w{bits}", "sym" if sym else "asym", f"g{group}" if group > 0 else "row", "desc" if order else "", name]
+        # GPTQModel's default reorders columns by groups, which it refuses to do with one group.
+        config = {"bits": bits, "sym": sym, "group_size": group, "desc_act": order, "format": "gptq",
+                  **({"act_group_aware": False} if group == -1 else {}), **more}
+        jobs.append({"name": "-".join(filter(None, words)), "config": config})
+
+    for bits, sym, order, group in itertools.product((2, 3, 4, 8), (True, False), (False, True), (128, 32, -1)):
+        add(bits, sym, group, order)
+    for bits, sym in itertools.product((2, 3, 4, 8), (True, False)):
+        add(bits, sym, 128, name="v2", format="gptq_v2")
+        add(bits, sym, 128, name="head", lm_head=True)
+    add(4, False, 32, True, "v2", format="gptq_v2")
+    add(4, True, 32, True, "head", lm_head=True)
+    add(4, False, -1, name="v2-head", format="gptq_v2", lm_head=True)
+    for bits, sym, group in ((4, True, 128), (4, False, 32), (8, True, 32)):
+        add(bits, sym, group, True, "static", static_groups=True)
+    add(4, True, 128, name="noreorder", act_group_aware=False)
+    for group in (16, 64, 256):
+        add(4, True, group)
+    add(4, True, 64, name="excluded", dynamic={r"-:.*layers\.0\.mlp": {}})
+    add(4, True, 64, name="mixed", dynamic={r"+:.*layers\.1\.self_attn": {"bits": 8}})
+    add(4, True, 64, name="mixed-inside-qkv", dynamic={r"+:.*\.q_proj": {"bits": 8}})
+    add(4, True, 128, name="planar", format="gptq_p")
+    add(5, True, 128, name="planar", format="gptq_p")
+    add(4, True, -1, name="reorder", act_group_aware=True)
+    return jobs
+
+
+AUTOROUND = {"autoround-w4-sym-g128": ("--bits", "4"), "autoround-w2-sym-g32": ("--bits", "2", "--group-size", "32"),
+             "autoround-w4-asym-g128": ("--bits", "4", "--asym")}
+
+
+def write_model(folder: pathlib.Path) -> None:
+    """The first two layers of tinylm with an lm_head of its own: GPTQModel quantizes none that is tied."""
+    folder.mkdir(parents=True)
+    tensors = load_file(TINYLM / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not re.search(r"layers\.([2-9]|\d\d)", name)}
+    kept["lm_head.weight"] = kept["model.embed_tokens.weight"].clone()
+    config = json.loads((TINYLM / "config.json").read_text())
+    config.update(num_hidden_layers=2, layer_types=config["layer_types"][:2], tie_word_embeddings=False)
+    for path in TINYLM.iterdir():
+        if path.suffix in (".json", ".jinja") and path.name != "config.json":
+            shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_tokens(path: pathlib.Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINYLM)
+    sets = {name: calibration.sample_tokens(calibration.read_texts(str(DATA / f"{file}.jsonl")), tokenizer, count, 128, 0)
+            for name, file, count in (("calibration", "calibration", 32), ("texts", "evaluation", 4))}
+    save_file({name: t.contiguous() for name, t in sets.items()}, path)
+
+
+def write_checkpoints(work: pathlib.Path, jobs: list[dict], peers: pathlib.Path) -> None:
+    """FOLDER/name and FOLDER/name.json of every job, and of AutoRound's (see gptqmodel_matrix.py)."""
+    if not (work / "model").is_dir():
+        write_model(work / "model")
+        write_tokens(work / "tokens.safetensors")
+        save_file({"input_ids": load_file(work / "tokens.safetensors")["calibration"]}, work / "calibration.safetensors")
+    for name, options in AUTOROUND.items():
+        if not (work / name).is_dir():
+            command = [environments.ensure("autoround", peers), environments.HERE / "autoround_quantize.py", work / "model",
+                       work / name, work / "calibration.safetensors", "--iters", "20", *options]
+            processes.run([str(c) for c in command], work / f"{name}.log")
+    (work / "jobs.json").write_text(json.dumps([*jobs, *({"name": name, "config": None} for name in AUTOROUND)]))
+    python = environments.ensure("gptqmodel", peers)
+    processes.run([str(python), str(environments.HERE / "gptqmodel_matrix.py"), str(work)], work / "gptqmodel.log",
+                  env=environments.environment())
+
+
+def serve(work: pathlib.Path, engine: str, names: list[str]) -> dict[str, dict]:
+    """{name: what vllm_offline.py found}. A process that died of one checkpoint is followed by one for the rest."""
+    options, env = ENGINES[engine]
+    out = work / engine
+    out.mkdir(exist_ok=True)
+    while missing := [name for name in names if not (out / f"{name}.json").is_file()]:
+        command = [sys.executable, environments.HERE / "vllm_offline.py", work, out, json.dumps(options), *missing]
+        log = work / f"{engine}.log"
+        with log.open("a") as file:
+            subprocess.run(command, env={**processes.environment(), **env}, stdout=file, stderr=subprocess.STDOUT)
+        if not (out / f"{missing[0]}.json").is_file():
+            raise FoemError(f"vLLM did not start; the last lines of {log}:\n{processes.tail(log)}")
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+
+
+def outcome(found: dict, reference: dict, limit: float) -> dict:
+    """{"served": "equal", "different" or "refused"; "difference": largest, of log-probabilities, or "why"}."""
+    if found.get("crashed"):
+        return {"served": "refused", "why": "the process died"}
+    if "refused" in found:
+        return {"served": "refused", "why": found["refused"]}
+    difference = float((torch.tensor(found["logprobs"]) - torch.tensor(reference["logprobs"])).abs().max())
+    return {"served": "equal" if difference <= limit else "different", "difference": difference}
+
+
+def row(work: pathlib.Path, name: str, answers: dict[str, dict]) -> dict:
+    """Reference, predictions and outcomes of one checkpoint."""
+    reference = json.loads((work / f"{name}.json").read_text())
+    if "logprobs" not in reference:
+        return {"name": name, "refused": reference.get("refused") or reference["unread"]}
+    predicted = doctor.examine(str(work / name), device="cpu")
+    found = {"name": name, "tolerance_bf16": 2 * reference["rounding"],
+             "doctor": {"ours": predicted["ours"], "stock": predicted["stock"]}}
+    for engine in ENGINES:
+        found[engine] = outcome(answers[engine][name], reference, EXACT if engine == "ours" else found["tolerance_bf16"])
+    return found
+
+
+def agrees(predicted: dict, outcome: dict) -> bool:
+    """Whether what was predicted to be served was, and rightly, and the rest was refused."""
+    return outcome["served"] == ("equal" if predicted["served"] else "refused")
+
+
+def say(o: dict) -> str:
+    return f"{o['served']}, {o['difference']:.1g}" if "difference" in o else f"{o['served']}: {short(o['why'])}"
+
+
+def short(text: str) -> str:
+    """One line of an error message that fits a table's cell."""
+    found = re.search(r"Value error, (.*?)(?: \[type=|$)", text)
+    line = " ".join((found[1] if found else text).split())
+    return (line if len(line) <= 120 else line[:117] + "...").replace("|", "/")
+
+
+def foretold(predicted: dict) -> str:
+    return "served" if predicted["served"] else f"refused: {short(predicted['why'][0])}"
+
+
+def markdown(content: dict) -> str:
+    rows = [r for r in content["rows"] if "ours" in r]
+    head = ("checkpoint", "ours, foretold", "ours, float32", "stock, foretold", "stock, bfloat16", "as foretold")
+    lines = [f"`{content['command']}`, commit {content['commit']}, {content['machine']}, vLLM {content['versions']['vllm']}, "
+             f"GPTQModel {content['gptqmodel']}, AutoRound {content['autoround']}.", "",
+             "Numbers: largest difference of a log-probability from GPTQModel's own torch dequantization in float32, in nats. "
+             f"Equal: up to {EXACT:g} in float32, up to twice of what bfloat16 does to the reference in bfloat16.", "",
+             content["summary"], "",
+             "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        cells = (r["name"], foretold(r["doctor"]["ours"]), say(r["ours"]), foretold(r["doctor"]["stock"]), say(r["stock"]),
+                 "yes" if r["as_foretold"] else "**no**")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Not written, or not read back, by the peer itself:", ""]
+    return "\n".join([*lines, *(f"* {r['name']}: {short(r['refused'])}" for r in content["rows"] if "refused" in r)]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "out/serving_matrix")
+    parser.add_argument("--peers-folder", type=pathlib.Path, default=environments.FOLDER, help="where peers are, or go")
+    parser.add_argument("--only", default="", help="regular expression of names")
+    parser.add_argument("--json", type=pathlib.Path, default=ROOT / "eval/results/serving_matrix.json")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    jobs = [job for job in plan() if re.search(args.only, job["name"])]
+    write_checkpoints(args.work, jobs, args.peers_folder)
+    names = [name for name in [*(job["name"] for job in jobs), *AUTOROUND] if re.search(args.only, name)]
+    written = [name for name in names if "logprobs" in json.loads((args.work / f"{name}.json").read_text())]
+    answers = {engine: serve(args.work, engine, written) for engine in ENGINES}
+    rows = [row(args.work, name, answers) for name in names]
+    for r in rows:
+        if "ours" in r:
+            r["as_foretold"] = all(agrees(r["doctor"][engine], r[engine]) for engine in ENGINES)
+    compared = [r for r in rows if "ours" in r]
+    count = {engine: sum(r[engine]["served"] == "equal" for r in compared) for engine in ENGINES}
+    wrong = {engine: sum(r[engine]["served"] == "different" for r in compared) for engine in ENGINES}
+    summary = (f"{len(compared)} checkpoints. Served right: ours {count['ours']}, "
+               f"stock {count['stock']}. Served wrong: ours {wrong['ours']}, stock {wrong['stock']}. "
+               f"`foem doctor` foretold {sum(r['as_foretold'] for r in compared)} of them.")
+    content = {**provenance(), **environments.VERSIONS, "exact": EXACT, "summary": summary, "rows": rows}
+    args.json.write_text(json.dumps(content, indent=1) + "\n")
+    args.json.with_suffix(".md").write_text(markdown(content))
+    print(summary)
+
+
+if __name__ == "__main__":
+    main()

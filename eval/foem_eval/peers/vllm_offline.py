@@ -1,0 +1,58 @@
+"""Load checkpoints into vLLM, one after the other in one process, and note log-probabilities or why vLLM refused.
+
+    python vllm_offline.py FOLDER OUT OPTIONS NAME...
+
+FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM.
+Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, or `refused` with the error. A file that
+stays at {"crashed": true} means that the process died of that checkpoint. The only module of foem_eval that imports vLLM: it is
+always run as a process of its own.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pathlib
+import sys
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
+
+from safetensors.torch import load_file  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+
+
+def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]]) -> list[list[float]]:
+    length = len(texts[0]) + 8
+    llm = LLM(str(checkpoint), enforce_eager=True, max_model_len=length, max_num_seqs=len(texts), seed=0,
+              max_num_batched_tokens=len(texts) * length, num_gpu_blocks_override=8 * len(texts), **options)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in texts],
+                           SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    return [[chances[token].logprob for token, chances in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])] for o in outputs]
+
+
+def reason(error: BaseException) -> str:
+    """The message of the innermost exception: vLLM wraps some."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    folder, out, options = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
+    texts = load_file(folder / "tokens.safetensors")["texts"].tolist()
+    for name in sys.argv[4:]:
+        result = out / f"{name}.json"
+        result.write_text(json.dumps({"crashed": True}))
+        try:
+            found = {"logprobs": serve(folder / name, options, texts)}
+        except Exception as error:  # whatever it is, it is why vLLM does not serve this checkpoint
+            found = {"refused": reason(error)}
+        result.write_text(json.dumps(found))
+        gc.collect()
+    # vLLM 0.32 now and then aborts in its own shutdown, when everything asked for is long written.
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
