@@ -147,7 +147,12 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Name in the block -> linear, of every linear that can be quantized: all but routers, which stand beside their experts."""
     routers = {id(child) for m in block.modules() if hasattr(m, "experts") for child in m.children()}
-    return {name: m for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in routers}
+    return {name: m for name, m in block.named_modules() if _is_plain(m) and id(m) not in routers}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Subclasses of nn.Linear may compute anything (routers do); Falcon's computes what nn.Linear does."""
+    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear" and isinstance(module, nn.Linear)
 
 
 def find_unquantizable(block: nn.Module) -> list[str]:

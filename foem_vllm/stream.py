@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pathlib
 from collections.abc import Callable
@@ -136,25 +137,35 @@ def record_inputs(
     fill_outer(model, blocks_name, weights, outer, dtype, device)
     calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in blocks]
     hidden: list[torch.Tensor] = []
+    shape, in_tuple = None, False  # of the hidden states; whether the model takes them out of a tuple that blocks return
 
     def recorder(index: int) -> Callable:
         def forward(hidden_states, *args, **kwargs):
+            nonlocal shape, in_tuple
+            shape = hidden_states.shape if index == 0 else shape
+            if hidden_states.shape != shape:
+                if in_tuple:
+                    raise FoemError(
+                        f"{blocks_name}.{index} is fed {list(hidden_states.shape)}, the first {list(shape)}; such blocks are "
+                        "not supported"
+                    )
+                in_tuple = True
+                raise StopForward
             calls[index][hidden_states.shape[0]] = args, kwargs
             if index == len(blocks) - 1:
                 hidden.append(hidden_states)
                 raise StopForward
-            return hidden_states
+            return (hidden_states,) if in_tuple else hidden_states
 
         return forward
 
     for i, block in enumerate(blocks):
         block.forward = recorder(i)
     try:
-        for batch in tokens.split(batch_size):
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except StopForward:
-                pass
+        for number, batch in enumerate(tokens.split(batch_size)):
+            while len(hidden) == number:  # twice where in_tuple had to be learned
+                with contextlib.suppress(StopForward):
+                    model(input_ids=batch.to(device), use_cache=False)
     finally:
         for block in blocks:
             del block.forward

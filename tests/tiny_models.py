@@ -30,7 +30,23 @@ CONFIGS = {
     "mistral": ("MistralConfig", {**COMMON, "sliding_window": 16}),
     "gemma": ("GemmaConfig", {**COMMON, "head_dim": 16}),
     "gemma2": ("Gemma2Config", {**COMMON, "head_dim": 16, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", {**COMMON, "head_dim": 16, "sliding_window": 16}),
     "phi3": ("Phi3Config", COMMON),
+    "falcon": (
+        "FalconConfig",
+        dict(
+            vocab_size=4096,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            ffn_hidden_size=128,
+            new_decoder_architecture=True,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
     "opt": (
         "OPTConfig",
         dict(
