@@ -1,0 +1,175 @@
+"""Model families end to end: small random models, quantized by us, served by vLLM on this machine, beside transformers.
+
+    make families                       # eval/results/families.{json,md}; a few minutes; goes on where it stopped
+    python eval/families.py --only opt --again
+
+Every family is quantized with a preset on a little text and served with `--quantization foem` in bfloat16. The reference is
+transformers with the dequantized weights in float32; the yardstick is how far the same in bfloat16 is from that. vLLM rounds
+elsewhere, so up to twice the yardstick counts as equal; a greedy token, where it is within that of the best one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from foem_eval.dequantized import dequantized_folder  # noqa: E402
+from foem_eval.provenance import provenance  # noqa: E402
+from tiny_models import CALIBRATION, CONFIGS, EVALUATION, TINYLM, write_model  # noqa: E402
+
+from foem_vllm import QuantizeConfig, quantize  # noqa: E402
+from foem_vllm.errors import FoemError  # noqa: E402
+
+FAMILIES = {
+    "llama": "Llama",
+    "opt": "OPT",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3",
+    "phi3": "Phi-3",
+    "gpt_neox": "GPT-NeoX",
+    "falcon": "Falcon",
+    "qwen3_moe": "Qwen3-MoE",
+    "mixtral": "Mixtral",
+}
+SERVER = ROOT / "eval/foem_eval/peers/vllm_offline.py"
+TEXTS, LENGTH, NEW_TOKENS = 4, 64, 16
+WIDER = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "word_embed_proj_dim": 128, "ffn_dim": 256}
+
+
+def changes(name: str) -> dict:
+    """Sizes that make attention heads 32 wide, the least that vLLM computes on CPUs."""
+    has = CONFIGS[name][1]
+    return {key: value for key, value in WIDER.items() if key in has}
+
+
+def token_ids() -> torch.Tensor:
+    """int64 [TEXTS, LENGTH] of the evaluation text, the same for every family: they all have tinylm's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINYLM)
+    lines = EVALUATION.read_text("utf-8").splitlines()[:TEXTS]
+    return torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:LENGTH] for line in lines])
+
+
+@torch.no_grad()
+def logprobs(folder: pathlib.Path, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    """[sequences, length, vocabulary] of transformers with the dequantized weights."""
+    from transformers import AutoModelForCausalLM
+
+    with dequantized_folder(folder, torch.float32) as plain:
+        model = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).eval()
+    return model(ids).logits.float().log_softmax(-1)
+
+
+def chosen(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[sequences, length - 1]: of every token given those before it."""
+    return table[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+
+
+def compare(folder: pathlib.Path, served: dict, ids: torch.Tensor) -> dict:
+    """How far vLLM is from transformers, in nats: a token's log-probability at most; the worst greedy token."""
+    exact = logprobs(folder, torch.float32, ids)
+    yardstick = float((chosen(logprobs(folder, torch.bfloat16, ids), ids) - chosen(exact, ids)).abs().max())
+    found = float((torch.tensor(served["logprobs"]) - chosen(exact, ids)).abs().max())
+    whole = torch.cat([ids, torch.tensor(served["greedy"])], 1)
+    later = logprobs(folder, torch.float32, whole)[:, LENGTH - 1 : -1]
+    regret = float((later.max(-1).values - later.gather(2, whole[:, LENGTH:, None])[..., 0]).max())
+    return {"difference": found, "yardstick": yardstick, "regret": regret, "equal": max(found, regret) <= 2 * yardstick}
+
+
+def run(names: list[str], work: pathlib.Path, preset: str) -> dict[str, dict]:
+    """{family: row}: quantize all, serve all in one vLLM process, compare."""
+    ids, rows = token_ids(), {}
+    save_file({"texts": ids}, work / "tokens.safetensors")
+    for name in names:
+        model = write_model(work / f"{name}-model", name, **changes(name))
+        config = QuantizeConfig(
+            preset=preset, bits=4, group_size=32, calibration=str(CALIBRATION), samples=32, seq_len=64, device="cpu"
+        )
+        try:
+            report = quantize(model, work / name, config)
+        except FoemError as error:
+            rows[name] = {"refused": f"foem quantize: {error}"}
+            continue
+        rows[name] = {"linears": len(report.layers)}
+    ready = [name for name in names if "refused" not in rows[name]]
+    options = {"quantization": "foem", "dtype": "bfloat16", "new_tokens": NEW_TOKENS}
+    command = [sys.executable, str(SERVER), str(work), str(work), json.dumps(options), *ready]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    )
+    for name in ready:
+        file = work / f"{name}.json"
+        served = json.loads(file.read_text()) if file.is_file() else {"crashed": True}
+        if "logprobs" in served:
+            rows[name] |= compare(work / name, served, ids)
+        else:
+            rows[name]["refused"] = served.get("refused") or f"vLLM died: {done.stderr.strip().splitlines()[-1:]}"
+    return rows
+
+
+def table(results: dict) -> str:
+    lines = [
+        "| family | linears | log-probabilities differ by at most | transformers in bf16 | regret of greedy tokens | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in FAMILIES.items():
+        row = results["rows"].get(name)
+        if row is None:
+            continue
+        if "refused" in row:
+            lines.append(f"| {title} | {row.get('linears', '')} | | | | {row['refused']} |")
+        else:
+            said = "equal" if row["equal"] else "**different**"
+            figures = " | ".join(f"{row[key]:.4f}" for key in ("difference", "yardstick", "regret"))
+            lines.append(f"| {title} | {row['linears']} | {figures} | {said} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"W4 g32 {results['preset']}, bf16; `{results['command']}`, commit {results['commit'][:12]}, {results['date']}.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", help="families, comma-separated")
+    parser.add_argument("--again", action="store_true", help="also those that the results file has")
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "eval/results/families.json")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {"rows": {}}
+    asked = arguments.only.split(",") if arguments.only else list(FAMILIES)
+    if unknown := [n for n in asked if n not in CONFIGS or n not in FAMILIES]:
+        sys.exit(f"families: no family {', '.join(unknown)}; choose from {', '.join(FAMILIES)}")
+    names = [n for n in asked if arguments.again or n not in results["rows"]]
+    if names:
+        with tempfile.TemporaryDirectory(prefix="foem-families-") as work:
+            results["rows"] |= run(names, pathlib.Path(work), arguments.preset)
+        results |= provenance() | {"preset": arguments.preset, "command": "make families"}
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    arguments.results.with_suffix(".md").write_text(text)
+    print(text)
+    sys.exit(any(not row.get("equal") for row in results["rows"].values()))
+
+
+if __name__ == "__main__":
+    main()
