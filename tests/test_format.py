@@ -1,8 +1,11 @@
 """The checkpoint bits against hand-made examples, compressed-tensors and vLLM."""
 
+import json
+
 import pytest
 import torch
 
+from foem_vllm.bits import slice_bits
 from foem_vllm.errors import FoemError
 from foem_vllm.format import (
     FormatConfig,
@@ -49,6 +52,15 @@ def test_pack_bits_is_a_little_endian_bit_stream(bits):
         stream = sum(int(c) << (i * bits) for i, c in enumerate(codes[:, column]))
         expected = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(words.shape[0])]
         assert [int(w) & 0xFFFFFFFF for w in words[:, column]] == expected
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("start,stop", [(0, 96), (0, 50), (32, 96), (33, 64), (5, 6), (50, 96), (64, 64)])
+def test_slice_bits(bits, start, stop):
+    codes = torch.randint(0, 1 << bits, (96, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    words = slice_bits(pack_bits(codes, bits), bits, start, stop)
+    assert words.shape == (-(-(stop - start) * bits // 32), 5)
+    assert torch.equal(unpack_bits(words, bits, stop - start), codes[start:stop])
 
 
 def test_two_by_eight_by_hand():
@@ -152,7 +164,41 @@ def test_damaged_tensors_are_refused(change, message):
 def test_config_round_trip():
     config = FormatConfig(QuantSpec(3, 64, False, "full"), "gptq_v2", True, {"-:lm_head": {}}, {"foem": {"beta": 0.2}})
     assert FormatConfig.from_json(config.to_json()) == config
-    assert FormatConfig.from_json({"wbits": 4, "group_size": 128}).spec == QuantSpec(4, 128)  # an old writer
+
+
+WRITERS = {  # what each writes beside the keys that matter, shortened; the values are those of published checkpoints
+    "GPTQ-for-LLaMa": ({"wbits": 4, "groupsize": 128}, QuantSpec(4, 128, False)),
+    "AutoGPTQ 0.2": ({"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": True, "sym": True, "true_sequential": True,
+                      "model_name_or_path": None, "model_file_base_name": "gptq_model-4bit-128g"},
+                     QuantSpec(4, 128, True, "full")),
+    "AutoGPTQ 0.7": ({"bits": 3, "group_size": -1, "desc_act": True, "static_groups": False, "sym": False, "quant_method": "gptq",
+                      "checkpoint_format": "gptq", "is_marlin_format": False}, QuantSpec(3, -1, False)),
+    "static groups": ({"bits": 4, "group_size": 64, "desc_act": True, "static_groups": True, "sym": True},
+                      QuantSpec(4, 64, True, "static")),
+    "Optimum": ({"batch_size": 1, "bits": 4, "block_name_to_quantize": "model.decoder.layers", "cache_block_outputs": True,
+                 "damp_percent": 0.1, "dataset": "c4", "desc_act": False, "exllama_config": {"version": 1}, "group_size": 128,
+                 "max_input_length": None, "meta": None, "model_seqlen": 2048, "modules_in_block_to_quantize": None,
+                 "quant_method": "gptq", "sym": True, "tokenizer": None, "use_exllama": True}, QuantSpec(4, 128)),
+    "AutoRound": ({"autoround_version": "0.5.1", "bits": 2, "block_name_to_quantize": "model.layers", "damp_percent": 0.01,
+                   "data_type": "int", "desc_act": False, "enable_quanted_input": True, "group_size": 32, "iters": 200,
+                   "provider": "auto-round", "quant_method": "gptq", "sym": False, "true_sequential": False},
+                  QuantSpec(2, 32, False)),
+    "GPTQModel": ({"bits": 4, "checkpoint_format": "gptq", "desc_act": False, "dynamic": {"-:.*lm_head": {}}, "group_size": 128,
+                   "lm_head": False, "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_auto_increment": 0.01}, "method": "gptq",
+                   "pack_dtype": "int32", "quant_method": "gptq", "sym": True}, QuantSpec(4, 128)),
+    "GPTQModel 1": ({"bits": 8, "format": "gptq_v2", "group_size": 32, "sym": False}, QuantSpec(8, 32, False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_configs_of_all_writers(writer, tmp_path):
+    """Read as they are, from config.json and from a quantize_config.json alone."""
+    config, spec = WRITERS[writer]
+    read = FormatConfig.from_json(config)
+    assert read.spec == spec and read.checkpoint_format == ("gptq_v2" if writer == "GPTQModel 1" else "gptq")
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert read_config(tmp_path) == read
 
 
 def test_dynamic_rules():
@@ -163,6 +209,8 @@ def test_dynamic_rules():
     assert config.spec_for("layers.0.mlp.down_proj") == QuantSpec(8, 32)
     assert config.spec_for("layers.0.mlp.up_proj") == QuantSpec(symmetric=False)
     assert config.spec_for("layers.0.self_attn.q_proj") == QuantSpec()
+    with pytest.raises(FoemError, match="rule 'q': bits=16"):
+        FormatConfig(QuantSpec(), dynamic={"q": {"bits": 16}}).spec_for("q_proj")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +222,15 @@ def test_dynamic_rules():
         ({"bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "marlin"),
         ({"bits": 4, "group_size": 0}, "group_size=0"),
         ({"bits": 4, "group_size": 128, "pack_dtype": "int16"}, "pack_dtype"),
+        ({"bits": 4, "group_size": 128, "is_marlin_format": True}, "marlin"),
+        ({"bits": "4", "group_size": 128}, "bits='4' must be an integer"),
+        ({"bits": True, "group_size": 128}, "bits=True must be an integer"),
+        ({"bits": 4, "sym": "false"}, "sym='false' must be true or false"),
+        ({"bits": 4, "dynamic": {"+:(": {}}}, "rule '.:.' is not a regular expression"),
+        ({"bits": 4, "dynamic": {"up": 8}}, "rule 'up' must hold an object"),
+        ({"bits": 4, "dynamic": {"up": {"bits": "8"}}}, "rule 'up': bits='8' must be an integer"),
+        ({"bits": 4, "dynamic": ["up"]}, "`dynamic` is list"),
+        ("gptq", "is str, not an object"),
     ],
 )
 def test_configs_that_lie_are_refused(config, message):

@@ -1,4 +1,8 @@
-"""Tensor and pipeline parallelism for real, two processes on the CPU: every form of checkpoint gives what one process gives."""
+"""Tensor parallelism for real, two processes on the CPU: every form of checkpoint gives what one process gives.
+
+Pipeline parallelism is not here: vLLM 0.32's CPU engine loses requests between stages (KeyError in the scheduler's
+update_from_output), with unquantized models too. Layers know nothing of stages; a stage loads its layers as any other.
+"""
 import json
 import os
 import pathlib
@@ -18,7 +22,8 @@ from vllm_layers import rank_of  # noqa: E402
 from foem_vllm.format import QuantSpec  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
-ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+       "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # vLLM binds a rank to a NUMA node each, and there may be one only
 
 
 @pytest.fixture(scope="module")
@@ -64,32 +69,56 @@ MIXED = {r".*layers\.1\.": {"desc_act": True, "group_size": 32}, r".*layers\.2\.
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> tuple[pathlib.Path, list[dict]]:
-    """One checkpoint whose layers are all the forms, by one process, by two tensor-parallel ones, by two pipeline stages."""
+def folders(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """A checkpoint whose layers are all the forms, and one as tools of 2023 wrote it."""
     root = tmp_path_factory.mktemp("parallel")
     sizes = dict(hidden_size=192, num_hidden_layers=6, head_dim=64, num_attention_heads=4, num_key_value_heads=1,
                  intermediate_size=216, tie_word_embeddings=False)
-    model = write_model(root / "model", "qwen3", **sizes)
-    folder = write_rtn_checkpoint(model, root / "served", QuantSpec(4, 128, False), "gptq_v2", lm_head=True, dynamic=MIXED)
-    jobs = [{"model": str(folder), "quantization": "foem", "dtype": "float32", "max_model_len": 128, **parallel}
-            for parallel in ({}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2})]
+    models = write_model(root / "qwen3", "qwen3", **sizes), write_model(root / "llama", "llama", head_dim=32)
+    mixed = write_rtn_checkpoint(models[0], root / "mixed", QuantSpec(4, 128, False), "gptq_v2", lm_head=True, dynamic=MIXED)
+    old = write_rtn_checkpoint(models[1], root / "old", QuantSpec(4, 32, False, "full"))
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]
+    (old / "config.json").write_text(json.dumps(config))
+    (old / "quantize_config.json").write_text(json.dumps({"wbits": 4, "groupsize": 32}))  # neither desc_act nor sym
+    (old / "model.safetensors").rename(old / "gptq_model-4bit-32g.safetensors")
+    return mixed, old
+
+
+@pytest.fixture(scope="module")
+def answers(folders, tmp_path_factory) -> list[dict]:
+    """The first by one process and by two, the second by one."""
+    mixed, old = map(str, folders)
+    jobs = [{"model": model, "quantization": "foem", "dtype": "float32", "max_model_len": 128, **parallel}
+            for model, parallel in ((mixed, {}), (old, {}), (mixed, {"tensor_parallel_size": 2}))]
     asked = {"prompts": ["The weights of a", "In the beginning"], "max_tokens": 16,
              "texts": ["A tensor is an array of numbers that is indexed by several integers, and so on."]}
-    done = subprocess.run([sys.executable, str(HERE / "offline_llm.py"), json.dumps(jobs), json.dumps(asked), str(root / "out")],
+    out = tmp_path_factory.mktemp("answers") / "out"
+    done = subprocess.run([sys.executable, str(HERE / "offline_llm.py"), json.dumps(jobs), json.dumps(asked), str(out)],
                           env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, [json.loads(line) for line in (root / "out").read_text().splitlines()]
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("size", ["alone", "tensor parallel", "pipeline parallel"])
-def test_engines_of_two_processes_agree_with_transformers(size, answers):
-    """In float32, where only the order of sums differs: the same tokens, the same log-probabilities to four digits."""
+def same_as_transformers(folder: pathlib.Path, answer: dict) -> bool:
+    """In float32, where only the order of sums differs: log-probabilities of a text equal to three digits behind the point."""
     from transformers import AutoModelForCausalLM
-    folder, (alone, *parallel) = answers
-    found = {"alone": alone, "tensor parallel": parallel[0], "pipeline parallel": parallel[1]}[size]
-    assert found["greedy"] == alone["greedy"]
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
-    for ids, logprobs in zip(found["texts"], found["logprobs"]):
+    for ids, logprobs in zip(answer["texts"], answer["logprobs"]):
         with torch.no_grad():
             exact = model(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        assert float((torch.tensor(logprobs) - exact).abs().max()) < 1e-3 and float(exact.std()) > 0.5
+        assert float(exact.std()) > 0.5  # or equality would mean little
+        if float((torch.tensor(logprobs) - exact).abs().max()) > 1e-3:
+            return False
+    return True
+
+
+def test_engines_of_one_and_two_processes_agree_with_transformers(folders, answers):
+    alone, _, parallel = answers
+    assert same_as_transformers(folders[0], alone) and same_as_transformers(folders[0], parallel)
+    assert parallel["greedy"] == alone["greedy"]
+
+
+def test_checkpoint_of_an_old_tool(folders, answers):
+    """quantize_config.json alone, old names of keys, an activation order and zero points that only the tensors tell of."""
+    assert same_as_transformers(folders[1], answers[1])

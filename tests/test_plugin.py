@@ -232,6 +232,37 @@ def test_damaged_header(checkpoint):
     assert read_headers(file.parent) == {}
 
 
+@pytest.mark.parametrize("change,said", [
+    (lambda h: h[f"{Q}.qweight"].update(shape=[16, 64]), "q_proj.qweight is I32 .16, 64., but its bytes are"),
+    (lambda h: h[f"{Q}.scales"].update(dtype="F32"), "q_proj.scales is F32"),
+    (lambda h: h[f"{Q}.qweight"].update(shape=[-16, -128]), "q_proj.qweight is I32"),
+    (lambda h: h.pop(f"{Q}.qweight"), "begins at byte"),
+    (lambda h: h[f"{Q}.qweight"].pop("shape"), "header is damaged"),
+    (lambda h: h.update({f"{Q}.qweight": 3}), "header is damaged"),
+])
+def test_header_that_lies(checkpoint, change, said):
+    file = checkpoint() / "model.safetensors"
+    data = file.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length:])
+    with pytest.raises(FoemError, match=said):
+        load(file.parent)
+
+
+@pytest.mark.parametrize("names,said", [
+    ({f"{Q}.absent": "model.safetensors"}, "holds no .*q_proj.absent"), ({}, "names no file"), ({"a": 3}, "is missing"),
+    (["a"], "no readable weight_map"), (None, "no readable weight_map"),
+])
+def test_index_that_lies(checkpoint, names, said):
+    folder = checkpoint()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(FoemError, match=said):
+        load(folder)
+
+
 def test_missing_shard(checkpoint):
     folder = checkpoint()
     write_config(folder, json.loads((folder / "config.json").read_text()))

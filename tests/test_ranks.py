@@ -1,0 +1,94 @@
+"""What a rank computes: any cut of a stored linear gives the same columns and rows of its weight."""
+
+import pytest
+import torch
+
+from foem_vllm.errors import FoemError
+from foem_vllm.format import dequantize, pack
+from foem_vllm.ranks import Regrouped, Share, assemble, joined, regroup, take
+from foem_vllm.serving import STEP, kernel_groups, rank_groups
+from foem_vllm.spec import Quantized, QuantSpec, group_index
+
+N, K = 40, 200
+
+
+def random_linear(spec: QuantSpec, k: int = K, seed: int = 0) -> Quantized:
+    g = torch.Generator().manual_seed(seed)
+    groups = spec.groups(k)
+    codes = torch.randint(0, 1 << spec.bits, (N, k), generator=g, dtype=torch.uint8)
+    zeros = None if spec.symmetric else torch.randint(1, 1 << spec.bits, (N, groups), generator=g, dtype=torch.uint8)
+    g_idx = group_index(k, spec)[torch.randperm(k, generator=g)] if spec.desc_act else None
+    return Quantized(codes, (torch.rand(N, groups, generator=g) + 0.5).half().float(), zeros, g_idx)
+
+
+def weight(found: Regrouped, spec: QuantSpec, inputs: int) -> torch.Tensor:
+    """[n, inputs]: what a kernel and the gathering before it compute, column by column."""
+    columns = dequantize(found.q, QuantSpec(spec.bits, found.group_size))
+    order = torch.arange(inputs) if found.order is None else found.order
+    return torch.zeros(len(columns), inputs).index_add_(1, order, columns)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("order", ["none", "full"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 128, -1, 24])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_shares_make_up_the_linear(bits, group, symmetric, order, ranks):
+    """50 inputs a rank: cut through words of every width and through groups; outputs in an order of their own."""
+    spec = QuantSpec(bits, group, symmetric, order)
+    q = random_linear(spec)
+    stored, dense = pack(q, spec), dequantize(q, spec)
+    outputs = torch.randperm(N, generator=torch.Generator().manual_seed(1))[: N // 2]
+    for rank in range(ranks):
+        start, stop = rank * K // ranks, (rank + 1) * K // ranks
+        share = Share(N, K, outputs, (start, stop))
+        taken = {key: take(key, t, spec, share, "layer") for key, t in stored.items()}
+        assert taken["qweight"].shape == (-(-(stop - start) * bits // 32), len(outputs))
+        found = regroup(assemble(taken, spec, "gptq", share, "layer"), spec)
+        assert torch.equal(weight(found, spec, stop - start), dense[outputs, start:stop])
+        assert found.group_size % STEP == 0 or found.q.scales.shape[1] == 1  # what every kernel takes
+        if order == "none":
+            assert (found.group_size, found.q.codes.shape[1]) == rank_groups(spec, start, stop)  # as the doctor predicts
+
+
+def test_whole_groups_are_not_cut_and_their_order_is_left_to_the_kernel():
+    spec = QuantSpec(4, 32, True, "full")
+    q = random_linear(spec, 192)
+    found = regroup(q, spec)
+    assert found.order is None and found.group_size == 32 and torch.equal(found.q.g_idx, q.g_idx)
+    plain = regroup(q._replace(g_idx=None), QuantSpec(4, 32))
+    assert plain.q.g_idx is None and plain.order is None and torch.equal(plain.q.codes, q.codes)
+
+
+def test_zero_points_that_are_all_the_middle_are_symmetric():
+    spec = QuantSpec(4, 32, False)
+    q = random_linear(spec, 192)._replace(zeros=torch.full((N, 6), 8, dtype=torch.uint8))
+    assert regroup(q, spec).q.zeros is None
+
+
+def test_joined():
+    spec = QuantSpec(4, 32, False)
+    a, b = random_linear(spec), random_linear(spec, seed=1)
+    assert torch.equal(dequantize(joined([a, b]), spec), torch.cat([dequantize(a, spec), dequantize(b, spec)]))
+
+
+def test_groups_for_kernels():
+    assert kernel_groups([128, 128, 40]) == (128, 296) and kernel_groups([7]) == (7, 7)
+    assert kernel_groups([96, 64, 128]) == (32, 288)  # cut, nothing added
+    assert kernel_groups([40, 40]) == (16, 96)  # filled up
+    assert rank_groups(QuantSpec(4, 128), 192, 384) == (64, 192) and rank_groups(QuantSpec(4, -1), 192, 384) == (192, 192)
+
+
+@pytest.mark.parametrize("key,change,said", [
+    ("scales", lambda t: t.index_fill_(1, torch.tensor(39), float("nan")), "layer.scales holds NaN"),
+    ("scales", lambda t: t.half().int(), "layer.scales is torch.int32"),
+    ("qweight", lambda t: t[1:], r"layer.qweight is torch.int32 \[24, 40\].*\[25, 40\]"),
+    ("g_idx", lambda t: t + 7, "layer.g_idx holds 7..13, but there are 7 groups"),
+    ("g_idx", lambda t: t.clamp(1), "layer.g_idx does not give every group 32 columns"),
+])  # fmt: skip
+def test_damage_outside_of_the_share_is_refused_too(key, change, said):
+    """A rank that is not given the damaged part refuses it all the same: all ranks stop, none waits."""
+    spec = QuantSpec(4, 32)
+    stored = pack(random_linear(spec), spec)
+    with pytest.raises(FoemError, match=said):
+        take(key, change(stored[key]), spec, Share(N, K, torch.arange(4), (0, 100)), "layer")
