@@ -28,6 +28,10 @@ from foem_vllm.stock import refusals
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GPU_SHARE = 0.92  # of a GPU's memory, what vLLM takes by default
 AGAIN = "download the checkpoint again"
+UNSAYABLE = (
+    "asymmetric weights in checkpoint_format 'gptq' (version 1), which cannot say zero point 0; a module that has one after all "
+    "is refused by name when it is loaded"
+)
 
 
 class NotACheckpoint(FoemError):
@@ -134,9 +138,9 @@ def examine(model: str, tensor_parallel_size: int = 1, device: str | None = None
     content = read(model)
     asked = Asked(tensor_parallel_size, served_dtype(content.text), device, kv_heads(content.text))
     findings = [*content.findings, *heads_finding(content.text, asked)]
-    found = {"layers": None, "memory": None, "ours": None, "stock": None}
+    found, notes = {"layers": None, "memory": None, "ours": None, "stock": None}, []
     if content.method in ("gptq", "foem"):
-        found = examine_gptq(content, asked, findings, memory)
+        found = examine_gptq(content, asked, findings, notes, memory)
     return {
         "model": model,
         "method": content.method,
@@ -144,33 +148,52 @@ def examine(model: str, tensor_parallel_size: int = 1, device: str | None = None
         "tensor_parallel_size": tensor_parallel_size,
         "dtype": str(asked.dtype).removeprefix("torch."),
         "problems": [asdict(finding) for finding in findings],
+        "notes": notes,
         **found,
     }
 
 
-def examine_gptq(content: Content, asked: Asked, findings: list[Finding], memory: int | None) -> dict:
-    """What depends on the quantization config; appends to `findings`."""
-    damaged, layers, modules = bool(content.findings), [], {}
-    why_not: list[str] | None = None
+def examine_gptq(content: Content, asked: Asked, findings: list[Finding], notes: list[str], memory: int | None) -> dict:
+    """What depends on the quantization config; appends to `findings`, and to `notes` what only weights can show."""
+    layers, modules = [], {}
     with collected(findings):
         config = FormatConfig.from_json(content.quantization, "config.json")
-        modules, wrong = inspect_modules(content.headers, config)
-        findings += [] if damaged else wrong  # what is in a damaged file would count as missing
-        if not findings or not (damaged or wrong):
-            layers, wrong = served_layers(modules, content.headers, asked)
-            findings += wrong
-            why_not = refusals(content.quantization, config, layers, asked.device)
+        if config.checkpoint_format == "gptq" and not config.spec.symmetric:
+            notes.append(UNSAYABLE)
+        modules, layers, wrong = layers_of(content, config, asked)
+        findings += wrong
+    why_not = stock_refusals(content, asked)
     rows, wrong = kernel_rows(layers)
+    findings += wrong  # what our kernels cannot compute is no reason for others
     rest = rest_per_rank(content.headers, modules, bool(content.text.get("tie_word_embeddings")), asked) * asked.dtype.itemsize
-    # Damage is nobody's to serve; that one engine alone cannot compute something is only its own reason.
-    why_not = list(dict.fromkeys([*map(str, findings), *(why_not or [])]))
-    findings += wrong
     return {
         "layers": rows,
         "memory": memory_of(sum(row["bytes"] * row["count"] for row in rows), rest, content.text, asked, memory),
         "ours": {"served": not findings, "why": [str(finding) for finding in findings]},
         "stock": {"served": not why_not, "why": why_not},
     }
+
+
+def layers_of(content: Content, config: FormatConfig, asked: Asked) -> tuple[dict, list[Layer | Experts], list[Finding]]:
+    """(quantized modules, layers, what is wrong with them); no layers where modules are wrong or files damaged."""
+    modules, wrong = inspect_modules(content.headers, config)
+    if content.findings:
+        return modules, [], []  # what is in a damaged file would count as missing
+    if wrong:
+        return modules, [], wrong
+    return modules, *served_layers(modules, content.headers, asked)
+
+
+def stock_refusals(content: Content, asked: Asked) -> list[str]:
+    """Why stock vLLM does not serve it: damage, and its own rules. It never looks at checkpoint_format."""
+    own, raw = [], {**content.quantization, "checkpoint_format": "gptq"}
+    damage = [*content.findings, *heads_finding(content.text, asked)]
+    with collected(damage):
+        config = FormatConfig.from_json(raw, "config.json")
+        _, layers, wrong = layers_of(content, config, asked)
+        damage += wrong
+        own = refusals(raw, config, layers, asked.device)
+    return list(dict.fromkeys([*map(str, damage), *own]))
 
 
 def heads_finding(text: dict, asked: Asked) -> Iterator[Finding]:

@@ -23,6 +23,8 @@ def print_report(found: dict) -> None:
         console.print(layer_table(found))
         for line in (*slow_lines(found["layers"]), *memory_lines(found["memory"], found["tensor_parallel_size"])):
             say(line)
+    for note in found["notes"]:
+        say(f"note: {note}")
     problems = [f"{p['tensor']} {p['problem']}; {p['remedy']}" for p in found["problems"]]
     for problem in problems[:MOST_PROBLEMS]:
         say(f"problem: {problem}")

@@ -156,12 +156,20 @@ def test_stock_rules_of_shapes_are_vllms(bits, group):
     ({"spec": QuantSpec(4, 16)}, "sm_90", "groups of 16 are not served, only of -1, 32, 64, 128"),
     ({"spec": QuantSpec(8, 64)}, "cpu", "8-bit weights are not served on CPUs"),
     ({"spec": QuantSpec(4, 64), "dynamic": {r".*\.q_proj": {"bits": 8}}}, "sm_90", "qkv_proj: vLLM fuses q_proj, k_proj, v_proj"),
+    ({"spec": QuantSpec(4, 64)}, "sm_75", None),
     ({"spec": QuantSpec(4, 64)}, "sm_70", "Marlin needs compute capability 7.5, found 7.0"),
 ])
 def test_stock_refuses_what_ours_serves(made, options, device, said):
     found = examine(str(made(**options)), device=device)
-    assert found["ours"]["served"] and not found["problems"] and not found["stock"]["served"]
-    assert said in found["stock"]["why"][0]
+    assert found["ours"]["served"] and not found["problems"] and found["stock"]["served"] == (said is None)
+    assert said is None or said in found["stock"]["why"][0]
+
+
+def test_stock_does_not_look_at_the_format(made):
+    folder = made()
+    edit_config(folder, checkpoint_format="gptq_p")
+    found = examine(str(folder), device="cpu")
+    assert found["stock"]["served"] and not found["ours"]["served"] and "'gptq_p' is not read here" in found["ours"]["why"][0]
 
 
 def drop(folder: pathlib.Path, *names: str) -> None:
@@ -204,7 +212,7 @@ def test_refuses_what_the_plugin_refuses(damage, made):
     if refused is not None:
         first = found["problems"][0]
         assert first["problem"] in refused and first["remedy"] in refused
-        assert not found["stock"]["served"]
+        assert found["stock"]["served"] == (damage == "method")  # which stock ignores
     assert len(found["problems"]) == {"sound": 0, "missing": 2, "cut": 1, "method": 1, "value": 1, "excluded": 2}.get(
         damage, len(found["problems"]))
 
@@ -220,6 +228,13 @@ def test_every_damaged_file_is_named(untrained, tmp_path):
         path.write_bytes(path.read_bytes()[:1000])
     problems = examine(str(folder), device="cpu")["problems"]
     assert [pathlib.Path(p["tensor"]).name for p in problems] == ["part0.safetensors", "part2.safetensors"]
+
+
+def test_what_only_weights_can_show_is_a_note(untrained, tmp_path):
+    """Version 1 of the format cannot say zero point 0; the kinds without that trouble have no note."""
+    notes = [examine(str(write_rtn_checkpoint(untrained, tmp_path / f"{sym}{kind}", QuantSpec(2, 64, sym), kind)))["notes"]
+             for sym, kind in ((False, "gptq"), (True, "gptq"), (False, "gptq_v2"))]
+    assert "cannot say zero point 0" in notes[0][0] and notes[1:] == [[], []]
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "mixtral"])
