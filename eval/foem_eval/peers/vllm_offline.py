@@ -3,9 +3,9 @@
     python vllm_offline.py FOLDER OUT OPTIONS NAME...
 
 FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM.
-Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, or `refused` with the error. A file that
-stays at {"crashed": true} means that the process died of that checkpoint. The only module of foem_eval that imports vLLM: it is
-always run as a process of its own.
+Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, or `refused` with the error; {} as long as
+it is at work, so what is left at that shows of which checkpoint the process died. The only module of foem_eval that imports
+vLLM: it is always run as a process of its own.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main() -> None:
     texts = load_file(folder / "tokens.safetensors")["texts"].tolist()
     for name in sys.argv[4:]:
         result = out / f"{name}.json"
-        result.write_text(json.dumps({"crashed": True}))
+        result.write_text("{}")
         try:
             found = {"logprobs": serve(folder / name, options, texts)}
         except Exception as error:  # whatever it is, it is why vLLM does not serve this checkpoint
