@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench compile-table sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ gpu-check:       ## check kernels, quantizer and serving on an NVIDIA GPU; nothi
 
 bench:           ## time the kernels beside dense products and public INT4 kernels (ARGS="--peers DIR", or "--device cpu")
 	PYTHONPATH=.:kernels:eval $(PYTHON) kernels/bench.py $(ARGS)
+
+bench-cpu: setup ## everything timed on a CPU: kernels, solver, loading, vllm serve (half an hour idle; ARGS="--llama-cpp DIR" for the first)
+	$(RUN) kernels/bench.py --device cpu --budget 1200 $(ARGS)
+	$(RUN) kernels/bench_solver.py
+	$(RUN) kernels/bench_load.py
+	$(RUN) kernels/cpu_serve.py --bind 0-$$(($$(nproc) - 1))
 
 compile-table: setup ## compile every GPU kernel for sm_80 to sm_100 and note registers, spills, wgmma (no GPU needed; minutes)
 	$(RUN) kernels/compile_table.py $(ARGS)
