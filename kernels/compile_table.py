@@ -4,8 +4,8 @@
 
 For sm_80, 89, 90 and 100: registers, spilled bytes, shared memory, matrix instructions, and what a round of the main loop
 writes to shared memory. Needs Triton (whose wheel brings ptxas and cuobjdump) and no GPU. Rows of an earlier run with the
-same Triton and the same device code are kept, so a run that was stopped goes on; all rows took 3.5 minutes of CPU on an
-EPYC. Of the splits of K only "one" and "several" are different kernels; 3 bits are 4 bits with another constant.
+same Triton and the same device code are kept, so a run that was stopped goes on; all rows take a few minutes of CPU.
+Of the splits of K only "one" and "several" are different kernels; 3 bits are 4 bits with another constant.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels")]
 
 from foem_kernels.cost import SHAPES, Configuration  # noqa: E402
-from foem_kernels.triton_w4a16 import bucket, chunk_of, configuration, most_registers  # noqa: E402
+from foem_kernels.triton_w4a16 import bucket, candidates, chunk_of, configuration, most_registers  # noqa: E402
 
 RESULT = ROOT / "kernels" / "results" / "compiled.json"
 CAPABILITIES = (90, 80, 100, 89)
@@ -47,18 +47,23 @@ class Form(NamedTuple):
     def name(self) -> str:
         c = self.c
         return (f"sm_{self.capability} {self.bits}-bit {self.dtype} {'asym' if self.asymmetric else 'sym'} g{self.group_size} "
-                f"{c.block_m}x{c.block_n}x{c.block_k} {c.scale} warps{c.num_warps} stages{c.num_stages}{' split' * self.split}")
+                f"{c.block_m}x{c.block_n}x{c.block_k} {c.scale} warps{c.num_warps} stages{c.num_stages}{' split' * self.split}"
+                f"{' persistent' * (c.programs > 0)}{' tma' * c.tma}")
 
 
 def forms(capabilities=CAPABILITIES, ms=range(1, 4097)):
-    """Every form that `configuration` picks for the layer shapes and any of `ms`, 4 bits first; each once."""
+    """Every form that `configuration` picks for the layer shapes and any of `ms`, 4 bits first, and those that walk over tiles
+    or load x through descriptors, which the tuner may pick; each once."""
     found = {}
     for bits, capability in itertools.product((4, 8, 2), capabilities):
-        for (n, k), m in itertools.product(SHAPES.values(), sorted({bucket(m) for m in ms})):
-            c = configuration(m, n, k, GROUP, divmod(capability, 10), SMS[capability], bits)
-            for dtype, asymmetric in (("bfloat16", True), ("float16", False)):
-                form = Form(capability, bits, dtype, asymmetric, GROUP, c.splits > 1, 4096, c._replace(splits=1))
-                found[form] = None
+        target = divmod(capability, 10)
+        chosen = [configuration(m, n, k, GROUP, target, SMS[capability], bits)
+                  for (n, k), m in itertools.product(SHAPES.values(), sorted({bucket(m) for m in ms}))]
+        tried = [c for c in candidates(4096, 8192, 8192, GROUP, target, bits, SMS[capability]) if c.programs or c.tma]
+        for c, (dtype, asymmetric) in itertools.product(chosen + tried, (("bfloat16", True), ("float16", False))):
+            form = Form(capability, bits, dtype, asymmetric, GROUP, c.splits > 1, 4096,
+                        c._replace(splits=1, programs=min(c.programs, 1)))
+            found[form] = None
     return list(found)
 
 
@@ -95,14 +100,15 @@ def compiled(form: Form) -> dict:
     short = {"float16": "fp16", "bfloat16": "bf16"}[form.dtype]
     constants = dict(BITS=form.bits, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
                      CHUNK=chunk_of(form.k, g, form.bits), GROUP=0 if g == form.k else g, SCALE=c.scale,
-                     HAS_ZEROS=form.asymmetric, HAS_BIAS=True, TAIL=False, SPLIT=form.split, PLAIN=False)
-    pointers = dict(x=f"*{short}", w="*u8", scales="*fp16", zeros="*u8", bias=f"*{short}",
-                    y="*fp32" if form.split else f"*{short}")
+                     HAS_ZEROS=form.asymmetric, HAS_BIAS=True, TAIL=False, SPLIT=form.split, TMA=c.tma,
+                     PERSISTENT=c.programs > 0, PLAIN=False)
+    types = dict(x=f"tensordesc<{short}[{c.block_m}, {c.block_k}]>" if c.tma else f"*{short}", w="*u8", scales="*fp16",
+                 zeros="*u8", bias=f"*{short}", y="*fp32" if form.split else f"*{short}")
     if not form.asymmetric:
-        del pointers["zeros"]
+        del types["zeros"]
         constants["zeros"] = None
-    signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in names}
-    aligned = [*pointers, "n_padded", "k_size", "k_padded", "n_size"]
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in names}
+    aligned = [*(a for a in types if types[a].startswith("*")), "n_padded", "k_size", "k_padded", "n_size"]
     kernel = triton.compile(ASTSource(device.w4a16, signature, {(names.index(a),): v for a, v in constants.items()},
                                       {(names.index(a),): [["tt.divisibility", 16]] for a in aligned}),
                             target=GPUTarget("cuda", form.capability, 32),
@@ -112,6 +118,7 @@ def compiled(form: Form) -> dict:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
     ptx = kernel.asm["ptx"]
     loop = loop_of(ptx)
@@ -121,6 +128,8 @@ def compiled(form: Form) -> dict:
         "wgmma": len(products),
         # operands: {sums}, then A, either {registers} or one 64-bit descriptor of shared memory
         "wgmma_from_registers": sum(bool(re.search(r"\},\s*\{", line)) for line in products),
+        # ptxas, where it cannot keep several wgmma under way (its remark C7515), adds an arrival and a wait to each
+        "serialized": max(0, sass.count("WARPGROUP.ARRIVE") - ptx.count("wgmma.fence")),
         "mma": sum("mma.sync" in line for line in loop), "tcgen05": sum("tcgen05.mma" in line for line in ptx.splitlines()),
         "stored_per_round": stored_bytes(loop, 32 * c.num_warps), "tile_bytes": c.block_n * c.block_k * 2,
         "exchanged": sum("shfl.sync" in line for line in loop),
@@ -128,11 +137,11 @@ def compiled(form: Form) -> dict:
 
 
 def digest() -> str:
-    """Of everything that the rows depend on: the device code, the asm it takes from the host side, Triton's version."""
+    """Of what the rows depend on: the device code, the asm and the limit that the host side gives it, Triton's version."""
     import triton
     from foem_kernels import triton_w4a16, triton_w4a16_device
     text = pathlib.Path(triton_w4a16_device.__file__).read_text("utf-8") + inspect.getsource(triton_w4a16.unpack_asm)
-    text += inspect.getsource(compiled) + triton.__version__
+    text += inspect.getsource(triton_w4a16.most_registers) + inspect.getsource(compiled) + triton.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -15,16 +15,19 @@ from compile_table import RESULT, Form, forms, stored_bytes  # noqa: E402
 from foem_kernels.cost import registers, shared_bytes  # noqa: E402
 from foem_kernels.triton_w4a16 import configuration  # noqa: E402
 
-# capability, m, group size, dtype, asymmetric, bits: the decoding and the prefill form, each width, groups that tiles divide.
+# capability, m, group size, dtype, asymmetric, bits, walking, descriptor: the decoding and the prefill form, each width, groups
+# that tiles divide, what only the tuner picks.
 SAMPLE = [(90, 1, 128, "bfloat16", True, 4), (90, 4096, 128, "bfloat16", True, 4), (90, 64, 256, "float16", False, 4),
           (90, 256, 4096, "bfloat16", True, 4), (90, 256, 128, "bfloat16", True, 8), (90, 1, 128, "float16", True, 8),
           (90, 64, 128, "bfloat16", False, 2), (80, 1, 128, "bfloat16", True, 4), (80, 256, 128, "float16", False, 4),
-          (100, 64, 128, "bfloat16", True, 4)]
+          (100, 64, 128, "bfloat16", True, 4), (90, 4096, 128, "bfloat16", True, 4, True),
+          (90, 4096, 128, "float16", False, 4, True, True), (90, 4096, 4096, "bfloat16", True, 4, True, True),
+          (90, 4096, 128, "bfloat16", True, 8, False, True), (100, 4096, 128, "bfloat16", True, 4, True, True)]
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one thread block may have
 
 
-def form(capability, m, g, dtype, asymmetric, bits):
-    c = configuration(m, 6144, 4096, g, divmod(capability, 10), bits=bits)
+def form(capability, m, g, dtype, asymmetric, bits, walking=False, tma=False):
+    c = configuration(m, 6144, 4096, g, divmod(capability, 10), bits=bits)._replace(programs=int(walking), tma=tma)
     return Form(capability, bits, dtype, asymmetric, g, c.splits > 1, 4096, c)
 
 
@@ -36,8 +39,11 @@ def check(row, capability, c, bits, dtype):
         assert row["tcgen05" if capability == 100 else "mma"] > 0
         return
     assert row["wgmma"] == row["wgmma_from_registers"] > 0
-    # Per round at most the scales' two terms and the zeros change layout through shared memory, never the weights.
-    assert row["stored_per_round"] <= 3 * 4 * c.block_n < row["tile_bytes"]
+    assert row["serialized"] == 0, "each wgmma waits for the one before"
+    # Per round at most the scales' two terms and the zeros change layout through shared memory, never the weights. The loop of
+    # a walk also holds the end of a tile, where y does.
+    assert row["stored_per_round"] <= 3 * 4 * c.block_n + 2 * c.block_m * c.block_n * c.programs
+    assert 3 * 4 * c.block_n < row["tile_bytes"]
     assert row["exchanged"] == 0, "weights move between lanes"
     assert row["registers"] <= registers(c, bits), "the cost model counts on more thread blocks than fit"
     assert row["shared"] <= shared_bytes(c, bits) + 3 * 1024, "the cost model counts on more thread blocks than fit"

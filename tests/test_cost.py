@@ -37,6 +37,42 @@ def test_a_plan_by_hand():
     assert p.predicted == pytest.approx(16 / 3 * 0.8 + 0.8 + reduction)
 
 
+def test_a_walk_by_hand():
+    """512 tiles of 128 x 256: four on the busiest of 132 multiprocessors, 16 rounds each, 0.8 us for the first loads.
+
+    A block to each tile waits for its first loads four times. One that walks waits once, but each of its eight warps, two to a
+    scheduler, has 30 instructions more a round.
+    """
+    c = Configuration(128, 256, 64, 1, 8, 4, "before")
+    each, walk = (cost.plan(c._replace(programs=programs), 4096, 4096, 1024, 128) for programs in (0, 132))
+    products = 4 * 16 * 2 * 128 * 256 * 64 / (790e6 / 132)
+    assert (each.blocks, walk.blocks) == (512, 132) and each.per_sm == walk.per_sm == 1
+    assert each.waves == walk.waves == pytest.approx(512 / 132)
+    assert each.predicted == pytest.approx(products + 4 * 0.8)
+    assert walk.predicted == pytest.approx(products + 0.8 + 4 * 16 * 2 * 30 / 1750)
+    few = cost.plan(c._replace(programs=100), 4096, 4096, 1024, 128)
+    assert few.predicted > 1.4 * walk.predicted, "100 blocks have six tiles each"
+
+
+def test_blocks_walk_exactly_where_it_is_predicted_to_win():
+    chosen = set()
+    for (name, (n, k)), m, bits in itertools.product(SHAPES.items(), BUCKETS, (2, 4, 8)):
+        c = configuration(m, n, k, 128, bits=bits)
+        best = {walks: min((cost.plan(other, m, n, k, 128, bits).predicted for other in candidates(m, n, k, 128, bits=bits)
+                            if bool(other.programs) == walks), default=float("inf")) for walks in (False, True)}
+        assert bool(c.programs) == (best[True] < best[False]), (name, m, bits)
+        if c.programs:
+            chosen.add(name)
+    assert chosen == {"Qwen3-0.6B qkv", "Qwen3-0.6B gate_up"}, "K = 1024: the longer rounds cost more than starts elsewhere"
+
+
+def test_the_printed_table_shows_the_walks(capsys):
+    assert cost.main() == 0
+    lines = {(line[:20].strip(), line[20:26].strip()): line for line in capsys.readouterr().out.splitlines()}
+    assert "*" in lines["Qwen3-0.6B qkv", "4096"]
+    assert " 724.04    753.55 " in lines["8192", "4096"] and "*" not in lines["8192", "4096"]
+
+
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_no_plan_beats_the_floor(bits):
     for (n, k), m in itertools.product(SHAPES.values(), (1, 33, 128, 1000, 4096)):
@@ -105,6 +141,9 @@ def test_dry_run_lists_candidates(capsys):
     assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
         "4096x4096 group 128 M 16", "4096x4096 group 128 M 128", "256x512 group 128 M 16", "256x512 group 128 M 128"]
     assert sum("Configuration(" in line for line in lines) >= 8
+    assert tuning.main(["--shapes", "8192x8192", "--m", "4096", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "programs=132, tma=False" in out and "programs=132, tma=True" in out and "programs=0, tma=True" in out
     with pytest.raises(SystemExit):
         tuning.main(["--shapes", "no such layer", "--dry-run"])
 

@@ -37,6 +37,13 @@ CASES = [(m, n, k, g, dtype, asym, order, bias, (bits or [4])[0])
              (3, 75, 256, 128, 1, 1, 1, 3), (130, 129, 256, 64, 0, 0, 0, 3))
          for dtype in ("float16", "bfloat16")]
 
+# m, k, group_size, bits, dtype and a launch that blocks may walk through: M and K with tails, K split, each way to scale.
+WALKS = [(1, 256, 128, 4, "bfloat16", Configuration(16, 128, 128, 1, 4, 2, "after")),
+         (40, 200, 64, 2, "float16", Configuration(16, 64, 64, 2, 4, 2, "after")),
+         (300, 200, 64, 3, "bfloat16", Configuration(128, 128, 64, 1, 8, 2, "before")),
+         (300, 256, 256, 8, "float16", Configuration(128, 64, 64, 1, 4, 2, "end"))]
+
+
 def name(case):
     return "-".join(map(str, case))
 
@@ -118,6 +125,7 @@ def interpret():
         for c in {c.block_n: c for c in candidates(m, 200, 128, 64, bits=bits)}.values():
             y = launch(x, w["w"], w["scales"], w["zeros"], bias, 200, 64, c, bits)
             report["widths"][f"{m}-{bits}-{c.block_n}"] = int((y != wanted).sum())
+    report["walks"] = walk(foem_kernels, launch)
     values = data(3, 75, 640, 64, "float16", 1, 0, 1, 4, True)
     x, codes, scales, zeros, _, bias = values
     p = foem_kernels.prepare(codes, scales, zeros, bits=4, group_size=64, dtype=x.dtype, device="cpu", kernel="triton_w4a16")
@@ -158,6 +166,33 @@ def interpret():
     return report
 
 
+def walk(foem_kernels, launch):
+    """Wrong results of each launch of WALKS, with blocks that walk over its tiles and with x through a descriptor; and
+    whether rounded sums are those of a block to each tile, for x that does not lie at a multiple of 16 bytes too."""
+    found = {}
+    for m, k, g, bits, dtype, c in WALKS:
+        p, same = None, True
+        for exact in (True, False):
+            x, codes, scales, zeros, _, bias = values = data(m, 200, k, g, dtype, 1, 0, 1, bits, exact)
+            p = foem_kernels.prepare(codes, scales, zeros, bits=bits, group_size=g, dtype=x.dtype, device="cpu",
+                                     kernel="triton_w4a16")
+            w = p.weights["w"], p.weights["scales"], p.weights["zeros"], bias, 200, g
+            wanted = expected(*values, g, bits)[0].to(x.dtype) if exact else launch(x, *w, c, bits)
+            shifted = torch.empty(m * k + 1, dtype=x.dtype)[1:].view(m, k).copy_(x)
+            for programs, tma in ((1, False), (3, False), (0, True), (3, True)):
+                y = launch(shifted if tma else x, *w, c._replace(programs=programs, tma=tma), bits)
+                if exact:
+                    found[f"{m}-{bits}-{programs}-{tma}"] = int((y != wanted).sum())
+                else:
+                    same &= torch.equal(y, wanted)
+        found[f"{m}-{bits}-bits differ"] = int(not same)
+    bad = x.clone()
+    bad[1, 5] = float("nan")
+    y, clean = (launch(t, *w, c._replace(programs=3, tma=True), bits) for t in (bad, x))
+    found["other rows"] = int(not torch.equal(y[2:], clean[2:]) or not y[1].isnan().all())
+    return found
+
+
 @pytest.fixture(scope="module")
 def report():
     environment = {key: v for key, v in os.environ.items() if key != "FOEM_KERNEL"}
@@ -194,6 +229,10 @@ def test_a_weight_is_rounded_once(report):
 def test_any_split_of_k_gives_the_same(report):
     splits = {key: wrong for key, wrong in report.items() if key.startswith("split-")}
     assert len(splits) == 4 and not any(splits.values())
+
+
+def test_walking_over_tiles_and_descriptors_change_nothing(report):
+    assert len(report["walks"]) == 5 * len(WALKS) + 1 and not any(report["walks"].values()), report["walks"]
 
 
 def test_a_bad_row_stays_alone(report):
@@ -235,6 +274,31 @@ def test_cuda_graph_replays_on_other_inputs(bits):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, foem_kernels.gemm(x, p))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+@pytest.mark.parametrize("tma", (False, True))
+def test_cuda_graph_of_a_walk_replays_on_other_inputs(tma):
+    import foem_kernels
+    from foem_kernels.triton_w4a16 import launch
+    if tma and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors need sm_90")
+    x, codes, scales, zeros, _, bias = data(300, 200, 512, 128, "bfloat16", 1, 0, 1, 4, True)
+    x, bias = x.cuda(), bias.cuda()
+    w = foem_kernels.prepare(codes, scales, zeros, bits=4, group_size=128, dtype=x.dtype, device="cuda",
+                             kernel="triton_w4a16").weights
+    args = w["w"], w["scales"], w["zeros"], bias, 200, 128
+    each = Configuration(128, 128, 64, 1, 8, 3, "before")
+    walk = each._replace(programs=2, tma=tma)
+    launch(x, *args, walk)  # compiles, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = launch(x, *args, walk)
+    x.copy_(x.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, launch(x, *args, each))
 
 
 def run_ptx(text, word):
@@ -318,6 +382,19 @@ def test_configurations_cover_k_and_fit_the_rules():
                 per_split = -(-tiles // c.splits)
                 assert (c.splits - 1) * per_split < tiles <= c.splits * per_split, "an empty part of K"
                 assert c.block_k % chunk_of(k, g) == 0 and (g == k or g % c.block_k == 0)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_blocks_walk_only_where_there_are_more_tiles(bits):
+    for m, n, k, capability, sms in ((128, 8192, 8192, (9, 0), 132), (4096, 4096, 4096, (9, 0), 132),
+                                     (4096, 8192, 1024, (8, 0), 108), (16, 28672, 4096, (9, 0), 132),
+                                     (4096, 8192, 100, (10, 0), 148)):
+        found = candidates(m, n, k, k if k == 100 else 128, capability, bits, sms)
+        walking = [c for c in found if c.programs]
+        assert bool(walking) == (m == 4096)
+        for c in walking:
+            assert c.programs % sms == 0 and -(-m // c.block_m) * (n // c.block_n) > c.programs and c.splits == 1
+        assert any(c.tma for c in found) == (m >= 128 and capability >= (9, 0) and k % 8 == 0)
 
 
 if __name__ == "__main__":

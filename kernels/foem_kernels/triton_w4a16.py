@@ -37,14 +37,16 @@ def bucket(m: int) -> int:
 
 
 def candidates(m: int, n: int, k: int, group_size: int, capability: tuple[int, int] = (9, 0),
-               bits: int = 4) -> list[Configuration]:
+               bits: int = 4, sms: int = 132) -> list[Configuration]:
     """Every launch for x [m, k] and W [n, k] that is worth a thought; `tune` times them, `configuration` weighs them.
 
     block_m follows from m alone. The scale goes onto the fp32 sum of a tile while the M tile is small: it costs block_m
     multiplications per row and tile there, against block_k on the weights, and rounds nothing. With block_m 128 it goes
     onto the weights, so that the accumulators need not be drained after each tile. Tiles of 256 rows fit the registers only
     where wgmma keeps the sums of two 64-row blocks per warp group (sm_90). Each part of a split K keeps four tiles for the
-    load pipeline.
+    load pipeline. With block_m 128 x may come through a descriptor, and where tiles are more than the blocks that the GPU
+    holds, those blocks may walk over them; not tiles of 64 rows, whose walk spills registers on sm_80, nor with 8 bits tiles
+    of 256, whose walk with a descriptor spills on sm_90.
     """
     n_padded, unit, found = -(-n // 128) * 128, padded(k, group_size)[0], {}
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
@@ -60,6 +62,13 @@ def candidates(m: int, n: int, k: int, group_size: int, capability: tuple[int, i
         for wanted in range(1, max(1, min(k_tiles // 4, MAX_SPLITS)) + 1):
             splits = -(-k_tiles // -(-k_tiles // wanted))  # no part of K is empty
             found[Configuration(block_m, block_n, block_k, splits, num_warps, num_stages, scale)] = None
+        if block_m == 128 and (block_n == 128 or block_n == 256 and bits < 8):
+            c = Configuration(block_m, block_n, block_k, 1, num_warps, num_stages, scale, programs=sms)
+            held = sms * cost.per_sm(c, bits, cost.machine_of(capability, sms))
+            if -(-m // block_m) * (n_padded // block_n) > held:
+                found[c._replace(programs=held)] = None
+    if capability[0] >= 9 and k % 8 == 0:
+        found |= {c._replace(tma=True): None for c in found if block_m == 128 and c.splits == 1}
     return list(found)
 
 
@@ -70,15 +79,13 @@ def configuration(m: int, n: int, k: int, group_size: int, capability: tuple[int
 
     The prediction knows an H200's rates for each multiprocessor; on other GPUs it is the same ratios.
     """
-    share = sms / cost.H200.sms
-    shared = {(8, 0): 164, (9, 0): 227, (10, 0): 227, (10, 3): 227}.get(capability, 100) * 1024
-    machine = cost.Machine(sms, cost.H200.memory * share, cost.H200.flops * share, cost.H200.l2 * share, shared=shared)
+    machine = cost.machine_of(capability, sms)
     m = bucket(m)
 
     def rank(c):
         plan = cost.plan(c, m, n, k, group_size, bits, machine)
         return plan.predicted, -min(plan.blocks, sms)  # of equals the one that leaves the fewest multiprocessors idle
-    return min(candidates(m, n, k, group_size, capability, bits), key=rank)
+    return min(candidates(m, n, k, group_size, capability, bits, sms), key=rank)
 
 
 def chunk_of(k: int, group_size: int, bits: int = 4) -> int:
@@ -134,13 +141,21 @@ def _gpu(index: int) -> tuple[tuple[int, int], int]:
 
 
 def most_registers(capability: tuple[int, int]) -> int | None:
-    """What a thread may use. On sm_80 and sm_89 ptxas, left alone, spills a few registers of some forms to run more blocks."""
-    return 255 if capability[0] == 8 else None
+    """What a thread may use. But for sm_90 ptxas, left alone, spills a few registers of some forms to run more blocks."""
+    return None if capability[0] == 9 else 255
 
 
 @functools.cache
 def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+def descriptor(x: torch.Tensor, c: Configuration):
+    """x [m, k], contiguous, as a tensor descriptor with blocks [c.block_m, c.block_k]: a parameter of the launch, so a CUDA
+    graph keeps it. It needs k to be a multiple of 8, and x at a multiple of 16 bytes: one that is not is copied."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    x = x.clone() if x.data_ptr() % 16 else x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [c.block_m, c.block_k])
 
 
 def launch(x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None, n: int,
@@ -162,12 +177,16 @@ def launch(x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, zeros: torch.
     out = torch.empty((c.splits, m, n), dtype=torch.float32, device=x.device) if c.splits > 1 else y
     limit = most_registers(_gpu(x.device.index)[0]) if x.is_cuda else None
     m_tiles, n_tiles, k_tiles = -(-m // c.block_m), n_padded // c.block_n, -(-k // c.block_k)
-    device.w4a16[(m_tiles * n_tiles, c.splits)](
-        x, w, scales, zeros, bias, out, m, n, n_padded, k, k_padded, -(-k_tiles // c.splits), m_tiles, n_tiles,
+    assert (c.splits - 1) * -(-k_tiles // c.splits) < k_tiles, f"{c} leaves a part of K={k} empty"
+    items = m_tiles * n_tiles * c.splits
+    if c.tma:
+        x = descriptor(x, c)
+    device.w4a16[(min(items, c.programs or items),)](
+        x, w, scales, zeros, bias, out, m, n, n_padded, k, k_padded, -(-k_tiles // c.splits), m_tiles, n_tiles, items,
         BITS=bits, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, CHUNK=chunk,
         GROUP=0 if group_size == k else group_size, SCALE=c.scale, HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None,
-        TAIL=k % c.block_k > 0, SPLIT=c.splits > 1, PLAIN=interpreted(), num_warps=c.num_warps, num_stages=c.num_stages,
-        maxnreg=limit)
+        TAIL=k % c.block_k > 0, SPLIT=c.splits > 1, TMA=c.tma, PERSISTENT=c.programs > 0,
+        PLAIN=interpreted(), num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=limit)
     if c.splits > 1:
         device.reduce_splits[(-(-m * n // 512),)](out, bias, y, m, n, SPLITS=c.splits, HAS_BIAS=bias is not None, BLOCK=512,
                                                   PLAIN=interpreted(), num_warps=4)

@@ -8,7 +8,7 @@ dequantized tile already lies in the fragment order of the matrix instruction's 
     row    lane2 lane3 lane4 register warp0 warp1
     column register lane0 lane1 register register register
 
-Left out: tensor descriptors, warp specialization and programmatic launch; each needs a GPU to be judged.
+Left out: tensor descriptors for weights (they spare no instruction), warp specialization and programmatic launch.
 """
 import triton
 import triton.language as tl
@@ -148,41 +148,36 @@ def _dot(a, b, acc, PLAIN: tl.constexpr):
     return tl.dot(a, b, acc)
 
 
-# Sizes that follow the batch are not specialized on: no batch size may make a server stop to compile.
-@triton.jit(do_not_specialize=["m_size", "tiles_per_split", "m_tiles", "n_tiles"])
-def w4a16(x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padded, tiles_per_split, m_tiles, n_tiles,
-          BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          CHUNK: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, HAS_ZEROS: tl.constexpr,
-          HAS_BIAS: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr, PLAIN: tl.constexpr):
-    """One [BLOCK_M, BLOCK_N] tile of y over one part of K.
-
-    x [m, k] fp16 or bf16. w [n_padded/64, k_padded/CHUNK, 128, bytes] uint8, as `shuffle` stores BITS. scales
-    [k_padded/GROUP, n_padded] fp16 or fp32, zeros the same uint8. bias [n] of x's dtype. y [m, n] of x's dtype, or with
-    SPLIT fp32 [splits, m, n], one plane per part.
-    GROUP is a multiple of BLOCK_K, 0 for one group per row. SCALE: "after" (the fp32 sum of a tile is scaled), "before" (the
-    weight is), "end" (one group). TAIL: k is no multiple of BLOCK_K, the last tile reads zeros for x.
-    """
-    DTYPE: tl.constexpr = x.dtype.element_ty
+@triton.jit
+def _part(item, x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padded, tiles_per_split, m_tiles, n_tiles,
+          BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+          GROUP: tl.constexpr, SCALE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+          SPLIT: tl.constexpr, TMA: tl.constexpr, PLAIN: tl.constexpr):
+    """Item `item` of `w4a16`: one [BLOCK_M, BLOCK_N] tile of y over one part of K, all tiles of the first part first."""
+    DTYPE: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
     ROWS: tl.constexpr = BLOCK_N // 64
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
     STORED: tl.constexpr = 4 if BITS == 3 else BITS
     BYTES: tl.constexpr = CHUNK * STORED // 16
     # Four tiles of M together sweep N: x's tiles are the wider ones and stay in L2 while the weights pass by.
-    pid = tl.program_id(0)
+    split = item // (m_tiles * n_tiles) if SPLIT else 0
+    pid = item % (m_tiles * n_tiles) if SPLIT else item
     band = 4 * n_tiles
     first_m = pid // band * 4
     band_m = tl.minimum(m_tiles - first_m, 4)
     pid_m = first_m + pid % band % band_m
     pid_n = pid % band // band_m
-    split = tl.program_id(1)
     tiles = tl.cdiv(k_size, BLOCK_K)
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, tiles)
+    # No part of K is empty. Without the promise the way around the loop makes ptxas wait for each wgmma before the next.
+    tl.assume(begin < end)
 
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    x_ptr = x + begin * BLOCK_K + (m.to(tl.int64) * k_size)[None, :] + k[:, None]
+    if not TMA:
+        x_ptr = x + begin * BLOCK_K + (m.to(tl.int64) * k_size)[None, :] + k[:, None]
     # Registers, from the lowest: bytes, then 64-row blocks (with 8 warps these are warps), then chunks of K.
     r = tl.arange(0, 128 * ROWS * CHUNKS)
     row_block = (pid_n * ROWS + r // 128 % ROWS).to(tl.int64) * (k_padded // CHUNK)
@@ -209,7 +204,9 @@ def w4a16(x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padd
             if HAS_ZEROS:
                 z_next = tl.load(zeros + g * n_padded + n)
         a = _weights(tl.load(w_ptr), s, z, BITS, ROWS, CHUNKS, CHUNK, SCALE == "before", DTYPE, PLAIN)
-        if TAIL:
+        if TMA:  # zeros beyond m and k
+            xt = x.load([pid_m * BLOCK_M, tile * BLOCK_K]).T
+        elif TAIL:
             xt = tl.load(x_ptr, mask=mask_m & (k < k_size - tile * BLOCK_K)[:, None], other=0.0)
         else:
             xt = tl.load(x_ptr, mask=mask_m, other=0.0)
@@ -217,7 +214,8 @@ def w4a16(x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padd
             acc += _dot(a, xt, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PLAIN) * s.to(tl.float32)[:, None]
         else:
             acc = _dot(a, xt, acc, PLAIN)
-        x_ptr += BLOCK_K
+        if not TMA:
+            x_ptr += BLOCK_K
         w_ptr += CHUNKS * 128 * BYTES
     if SCALE == "end":
         acc *= s_next.to(tl.float32)[:, None]
@@ -230,6 +228,32 @@ def w4a16(x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padd
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n < n_size, other=0.0).to(tl.float32)[:, None]
         tl.store(y + out, _round(acc, DTYPE, PLAIN), mask=mask)
+
+
+# Sizes that follow the batch are not specialized on: no batch size may make a server stop to compile.
+@triton.jit(do_not_specialize=["m_size", "tiles_per_split", "m_tiles", "n_tiles", "items"])
+def w4a16(x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padded, tiles_per_split, m_tiles, n_tiles, items,
+          BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+          GROUP: tl.constexpr, SCALE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, TAIL: tl.constexpr,
+          SPLIT: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, PLAIN: tl.constexpr):
+    """y = x W^T + bias, or with SPLIT its parts: `items` tiles of y times parts of K, one to a program or, if PERSISTENT,
+    every num_programs-th from its own on.
+
+    x [m, k] fp16 or bf16, if TMA a descriptor of it with blocks [BLOCK_M, BLOCK_K]. w [n_padded/64, k_padded/CHUNK, 128, bytes]
+    uint8, as `shuffle` stores BITS. scales [k_padded/GROUP, n_padded] fp16 or fp32, zeros the same uint8. bias [n] of x's
+    dtype. y [m, n] of x's dtype, or with SPLIT fp32 [splits, m, n], one plane per part.
+    GROUP is a multiple of BLOCK_K, 0 for one group per row. SCALE: "after" (the fp32 sum of a tile is scaled), "before" (the
+    weight is), "end" (one group). TAIL: k is no multiple of BLOCK_K, the last tile reads zeros for x.
+    """
+    if PERSISTENT:
+        # Flattened: one loop over the rounds of all tiles, so the next tile's loads are under way while one is stored.
+        for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=True):
+            _part(item, x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padded, tiles_per_split, m_tiles,
+                  n_tiles, BITS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, GROUP, SCALE, HAS_ZEROS, HAS_BIAS, TAIL, SPLIT, TMA, PLAIN)
+    else:
+        _part(tl.program_id(0), x, w, scales, zeros, bias, y, m_size, n_size, n_padded, k_size, k_padded, tiles_per_split,
+              m_tiles, n_tiles, BITS, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, GROUP, SCALE, HAS_ZEROS, HAS_BIAS, TAIL, SPLIT, TMA,
+              PLAIN)
 
 
 @triton.jit(do_not_specialize=["m_size"])

@@ -92,7 +92,7 @@ def tune(n: int, k: int, group_size: int, bits: int, buckets: list[int]) -> list
     for m in buckets:
         x = torch.randint(-2, 3, (m, k), device="cuda", generator=r).to(torch.bfloat16)
         default, times, wanted = configuration(m, n, k, group_size, capability, sms, bits), {}, None
-        for c in dict.fromkeys([default, *candidates(m, n, k, group_size, capability, bits)]):
+        for c in dict.fromkeys([default, *candidates(m, n, k, group_size, capability, bits, sms)]):
             y = launch(x, *sets[0], None, None, n, group_size, c, bits)
             wanted = y if wanted is None else wanted
             if not torch.equal(y, wanted):
