@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ peers-compare: setup ## our solver and GPTQModel's on the same moments (installs
 
 peers-matrix: setup  ## serve GPTQModel's and AutoRound's checkpoints of every form, here and in stock vLLM (continues where it stopped)
 	$(RUN) -m foem_eval.peers.serving_matrix --peers-folder out/peers $(ARGS)
+
+families: setup      ## small models of every family: quantize, serve, compare with transformers (continues where it stopped)
+	$(RUN) eval/families.py $(ARGS)
 
 peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
 	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)
