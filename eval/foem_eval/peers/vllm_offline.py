@@ -2,10 +2,10 @@
 
     python vllm_offline.py FOLDER OUT OPTIONS NAME...
 
-FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM.
-Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, or `refused` with the error; {} as long as
-it is at work, so what is left at that shows of which checkpoint the process died. The only module of foem_eval that imports
-vLLM: it is always run as a process of its own.
+FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM,
+but for `new_tokens` (1). Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, `greedy` tokens that
+follow, or `refused` with the error; {} as long as it is at work, so what is left at that shows of which checkpoint the process died.
+The only module of foem_eval that imports vLLM: it is always run as a process of its own.
 """
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from safetensors.torch import load_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 
-def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]]) -> list[list[float]]:
-    length = len(texts[0]) + 8
+def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]]) -> dict[str, list]:
+    options = dict(options)
+    new_tokens = options.pop("new_tokens", 1)
+    length = len(texts[0]) + new_tokens + 7
     llm = LLM(str(checkpoint), enforce_eager=True, max_model_len=length, max_num_seqs=len(texts), seed=0,
               max_num_batched_tokens=len(texts) * length, num_gpu_blocks_override=8 * len(texts), **options)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in texts],
-                           SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    return [[chances[token].logprob for token, chances in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])] for o in outputs]
+    asked = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in texts], asked, use_tqdm=False)
+    return {"logprobs": [[chances[token].logprob for token, chances in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
+                         for o in outputs], "greedy": [list(o.outputs[0].token_ids) for o in outputs]}
 
 
 def reason(error: BaseException) -> str:
@@ -44,7 +47,7 @@ def main() -> None:
         result = out / f"{name}.json"
         result.write_text("{}")
         try:
-            found = {"logprobs": serve(folder / name, options, texts)}
+            found = serve(folder / name, options, texts)
         except Exception as error:  # whatever it is, it is why vLLM does not serve this checkpoint
             found = {"refused": reason(error)}
         result.write_text(json.dumps(found))
