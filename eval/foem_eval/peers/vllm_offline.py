@@ -4,8 +4,9 @@
 
 FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM,
 but for `new_tokens` (1). Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, `greedy` tokens that
-follow, or `refused` with the error; {} as long as it is at work, so what is left at that shows of which checkpoint the process died.
-The only module of foem_eval that imports vLLM: it is always run as a process of its own.
+follow, or `refused` with the error; {} as long as it is at work, so that is left where the process died of a checkpoint. The only
+module of foem_eval that imports vLLM: it is always run as a process of its
+own.
 """
 from __future__ import annotations
 
