@@ -29,6 +29,7 @@ from foem_vllm.errors import FoemError
 from foem_vllm.spec import Quantized, QuantSpec, group_index
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+PLANAR = "gptq_p"  # GPTQModel's layout in planes of bits; widths that divide a word have one plane, and are stored as version 2
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILES = ("config.json", "quantize_config.json")
 KEYS = {  # config keys with the names that older writers gave them
@@ -278,6 +279,8 @@ class FormatConfig:
                 "--quantization foem"
             )
         checkpoint_format = first_of(config, "checkpoint_format", "gptq")
+        if checkpoint_format == PLANAR and all(bits in (2, 4, 8) for bits in widths(config)):
+            checkpoint_format = "gptq_v2"
         if config.get("is_marlin_format"):
             checkpoint_format = "marlin"
         if checkpoint_format not in CHECKPOINT_FORMATS:
@@ -298,6 +301,13 @@ class FormatConfig:
             raise FoemError(f"{where}: {error}") from None
         check_rules(config.get("dynamic"), where)
         return cls(spec, checkpoint_format, bool(config.get("lm_head")), config.get("dynamic") or None, config.get("meta"))
+
+
+def widths(config: dict) -> list:
+    """All `bits` that a config names, also those of its rules; not checked."""
+    rules = config.get("dynamic")
+    overrides = [rule for rule in rules.values() if isinstance(rule, dict)] if isinstance(rules, dict) else []
+    return [first_of(config, "bits"), *(rule["bits"] for rule in overrides if rule.get("bits") is not None)]
 
 
 def first_of(config: dict, key: str, default=None):

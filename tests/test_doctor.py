@@ -167,9 +167,19 @@ def test_stock_refuses_what_ours_serves(made, options, device, said):
 
 def test_stock_does_not_look_at_the_format(made):
     folder = made()
-    edit_config(folder, checkpoint_format="gptq_p")
+    edit_config(folder, checkpoint_format="gptq_w")
     found = examine(str(folder), device="cpu")
-    assert found["stock"]["served"] and not found["ours"]["served"] and "'gptq_p' is not read here" in found["ours"]["why"][0]
+    assert found["stock"]["served"] and not found["ours"]["served"] and "'gptq_w' is not read here" in found["ours"]["why"][0]
+
+
+def test_planes_are_read_where_there_is_only_one(made):
+    """GPTQModel's planar format differs from its version 2 at 3, 5, 6 and 7 bits only; eval's matrix serves one it wrote."""
+    folder = made(QuantSpec(4, 64), checkpoint_format="gptq_v2")
+    edit_config(folder, checkpoint_format="gptq_p")
+    assert read_config(folder).checkpoint_format == "gptq_v2" and examine(str(folder), device="cpu")["ours"]["served"]
+    edit_config(folder, dynamic={".*q_proj": {"bits": 3}})
+    with pytest.raises(FoemError, match="'gptq_p' is not read here"):
+        read_config(folder)
 
 
 def drop(folder: pathlib.Path, *names: str) -> None:
