@@ -66,6 +66,8 @@ def plan() -> list[dict]:
     add(4, True, 64, name="mixed", dynamic={r"+:.*layers\.1\.self_attn": {"bits": 8}})
     add(4, True, 64, name="mixed-inside-qkv", dynamic={r"+:.*\.q_proj": {"bits": 8}})
     add(4, True, 128, name="planar", format="gptq_p")
+    add(4, False, 128, name="planar", format="gptq_p")
+    add(3, True, 128, name="planar", format="gptq_p")
     add(5, True, 128, name="planar", format="gptq_p")
     add(4, True, -1, name="reorder", act_group_aware=True)
     return jobs
