@@ -1,4 +1,4 @@
-"""Contenders of kernels/bench.py that round activations: llama.cpp (FOEM_LLAMA_CPP: its folder, see bench_llama.py) and our int8."""
+"""Contenders of kernels/bench.py that round activations: llama.cpp (FOEM_LLAMA_CPP: its folder, see bench_llama.py), our int8."""
 from __future__ import annotations
 
 import os
