@@ -4,6 +4,7 @@
 
    Arguments: how many problems [seed]. Exit code 1 at the first wrong result. */
 
+#define CHUNK 32  // several of them
 #include "cpu_w4a16.c"
 
 #include <math.h>
@@ -28,11 +29,11 @@ int main(int argc, char **argv)
     state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     for (int done = 0; done < problems; done++) {
         const int bits = next(3) ? 4 : 8, codes = 32 / bits, dtype = next(3), asymmetric = next(2), ordered = next(2);
-        const long group_size = codes * (1 + next(8)), groups = 1 + next(4), k = ordered || next(2) ? group_size * groups
-            : group_size * groups - next(group_size);
-        const long n = 1 + next(80), m = 1 + next(next(10) ? 20 : 300), blocks = (n + BLOCK - 1) / BLOCK;
+        const long group_size = codes * (1 + next(next(4) ? 8 : 80)), groups = 1 + next(4), whole = group_size * groups;
+        const long k = ordered || next(2) ? whole : whole - next(group_size);
+        const long n = 1 + next(80), m = 1 + next(next(10) ? 20 : 300), blocks = (n + PAIR - 1) / PAIR * 2;
         const long words = (k + codes - 1) / codes, size = dtype == FLOAT32 ? 4 : 2;
-        const int isa = next(foem_cpu_isa() + 1), int8 = bits == 4 && foem_cpu_has_int8() && !next(4);
+        const int isa = next(foem_cpu_isa() + 1), int8 = foem_cpu_has_int8() && !next(4);
         uint32_t *weight = calloc(blocks * words * BLOCK, 4);
         float *scales = calloc(blocks * groups * BLOCK, 4), *zeros = asymmetric ? calloc(blocks * groups * BLOCK, 4) : NULL;
         int32_t *order = ordered ? malloc(k * 4) : NULL;
@@ -84,7 +85,8 @@ int main(int argc, char **argv)
                     sum += a * W[i * k + c], terms += fabs(W[i * k + c]);
                     largest = fmax(largest, fabs(a));
                 }
-                const double bound = unit * fabs(sum) + (k * 0x1p-22 + (int8 ? 0.5 / 127 : 0)) * terms * (int8 ? largest : 1) + 1e-4;
+                const double relative = (k * 0x1p-22 + (int8 ? 0.5 / 127 : 0)) * (int8 ? largest : 1);
+                const double bound = unit * fabs(sum) + relative * terms + 1e-4;
                 if (!(fabs(element(y, r * n + i, dtype) - sum) <= 1.01 * bound)) {
                     printf("wrong: m %ld n %ld k %ld bits %d group %ld dtype %d isa %d int8 %d: [%ld, %ld] is %g, not %g\n", m, n,
                            k, bits, group_size, dtype, isa, int8, r, i, element(y, r * n + i, dtype), sum);

@@ -172,25 +172,25 @@ def test_same_result_on_any_number_of_threads(isa):
 def test_int8_activations(monkeypatch):
     """Within half a step of each element's quantization, and only where they were asked for."""
     monkeypatch.setenv("FOEM_CPU_ACT", "int8")
-    for p in (problem(40, 256, 64), problem(64, 128, 128, torch.float32, symmetric=False), problem(33, 96, 32, act_order=True)):
+    for p in (
+        problem(40, 256, 64), problem(64, 128, 128, torch.float32, symmetric=False), problem(33, 96, 32, act_order=True),
+        problem(40, 256, 64, bits=8), problem(70, 512, 512, torch.float16, symmetric=False, bits=8),
+    ):  # fmt: skip
         parts = make(p)
         x = torch.randn(14, p.k, generator=torch.Generator().manual_seed(1)).to(p.dtype)
         x[2] = 0
-        w = foem_kernels.prepare(*parts, bits=4, group_size=p.group_size, dtype=p.dtype, device="cpu", kernel="cpu_w4a16")
+        w = foem_kernels.prepare(*parts, bits=p.bits, group_size=p.group_size, dtype=p.dtype, device="cpu", kernel="cpu_w4a16")
         y, bound = expected(x, *parts, p)
         step = x.double().abs().amax(1, keepdim=True) / 127
         size = expected(torch.ones(1, p.k), *parts, p)[1] * 0
         for g in range(p.groups):
             columns = (torch.arange(p.k) // p.group_size if parts[3] is None else parts[3]) == g
-            zero = 8.0 if parts[2] is None else parts[2][:, g : g + 1].double()
+            zero = float(p.mid) if parts[2] is None else parts[2][:, g : g + 1].double()
             size += ((parts[0][:, columns].double() - zero).abs() * parts[1][:, g : g + 1].double()).sum(1)
         found = foem_kernels.gemm(x, w).double()
         assert ((found - y).abs() <= bound + 0.5001 * step * size).all()
         assert not (found - y).abs().le(bound).all()  # it really was quantized
         assert (found[2] == 0).all()
-    with pytest.raises(ValueError, match="FOEM_CPU_ACT=int8 takes weights of up to 4 bits, not 8"):
-        p = problem(32, 64, 32, bits=8)
-        foem_kernels.prepare(*make(p), bits=8, group_size=32, dtype=p.dtype, device="cpu", kernel="cpu_w4a16")
 
 
 def test_what_is_forced_and_cannot_run_is_refused(monkeypatch):

@@ -1,10 +1,14 @@
-/* Weight-only quantized linear layers on CPUs: y = x W^T with float32 sums, one file of plain C without any dependency.
+/* Weight-only quantized linear layers on CPUs: y = x W^T with float32 sums, in plain C without any dependency.
 
    Weights come as words of 32 bits, [N / 32 blocks][K / codes words][32 outputs]: a word holds 8 codes of 4 bits or 4 of 8 bits
    of one output, so that 64 bytes are 16 outputs and every instruction set can take codes apart lane by lane. 4-bit code j
    (bits 4j .. 4j+3) is column j/2 + 4 (j%2) of its word: then even and odd nibbles, masked, are four columns in order, as
    8-bit dot products want them, and equal nibbles of the two halves of a word are a pair, as bfloat16 dot products do.
-   Codes enter products as they are; zero points are taken off with the sum of x over the group: sum (c - z) x = sum c x - z sum x. */
+   Codes enter products as they are; zero points are taken off with sums of x: sum (c - z) x = sum c x - z sum x.
+
+   x is converted once into the order in which tiles read it. A tile, some rows of x times 64 outputs (half or a quarter of
+   them where there are fewer registers), goes over a piece of the columns with all its sums in registers, and takes codes apart
+   on the way: on a wide machine that hides behind the products, so weights are never dequantized into memory. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,197 +20,198 @@
 #include <omp.h>
 #endif
 
-#define BLOCK 32
-#define CHUNK 240  // rows of x that are converted at a time: a bound on memory
+#define BLOCK 32    // outputs that are stored together
+#define PAIR 64     // outputs that are computed together: of two blocks, because two streams are read faster than one
+#define PIECE 64    // steps, at most, that sums go on for before they are scaled: those of int8 stay below 2^24, exact in float
+#define AHEAD 3072  // bytes from what is read of the weights to what is fetched
+#define GROUPS_AHEAD 4  // the same for scales
+#ifndef CHUNK
+#define CHUNK 256  // rows of x that are converted at a time: a bound on memory
+#endif
 #define COLUMN4(j) ((j) / 2 + 4 * ((j) % 2))
-
-typedef float v16f __attribute__((vector_size(64)));
-typedef uint32_t v16u __attribute__((vector_size(64)));
-typedef int32_t v16i __attribute__((vector_size(64)));
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
+/* How x enters products, in units of 32 bits: one float, two bfloat16, four int8. A step is the product with one unit. */
+enum { AS_FLOAT, AS_BFLOAT, AS_INT8 };
+#define ELEMENTS(form) (1 << (form))
+#define STEPS(form, bits) (32 / (bits) / ELEMENTS(form))  // in a word
 
+#define VECTOR_TYPES(lanes) \
+    typedef float v##lanes##f __attribute__((vector_size(4 * lanes))); \
+    typedef uint32_t v##lanes##u __attribute__((vector_size(4 * lanes))); \
+    typedef int32_t v##lanes##i __attribute__((vector_size(4 * lanes)));
+VECTOR_TYPES(4)
+VECTOR_TYPES(8)
+VECTOR_TYPES(16)
+
+/* A chunk of rows. They are cut into tiles of rows, columns into pieces of at most PIECE steps of one group. */
 typedef struct {
+    const void *source;      // [rows][k] as given
+    const int32_t *order;    // column i of W is column order[i] of source; NULL: the same
     const uint32_t *weight;
     const float *scales, *zeros;  // [blocks][groups][32]; zeros NULL: zero for all
-    float zero;
-    long n, words, groups, group_words, stride;  // stride: elements of a row of x
-    const void *x;           // rows of this chunk as the kernel wants them, padded with zeros
-    const float *x_sums;     // [rows][groups]
-    const float *x_scales;   // [rows], for int8
-    void *y;                 // [rows][n]
     const void *bias;
-    int dtype;
+    void *y;                 // [rows][n]
+    long n, k, rows, tiles, tile_rows, larger;  // the first `larger` tiles have a row more
+    long words, groups, group_words, piece_words;
+    uint32_t *x;             // [pieces][tiles][steps][rows of the tile] units, padded with zeros
+    float *x_sums;           // [pieces][rows]: sums of x times -zero, or -1 where there are zeros
+    float *x_scales;         // [rows]: one, but for int8
+    float zero;
+    int dtype, bits;
 } Job;
 
-static float half_to_float(uint16_t h)
+/* What the tiles of 64 outputs and a piece's columns have in common. */
+typedef struct {
+    const uint32_t *weight, *x;
+    const float *scales, *zeros, *x_sums;
+    long words, next_weight, next_scale;  // next: from the first 32 outputs to the others
+} Piece;
+
+static inline long tile_start(const Job *job, long tile)
 {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    uint32_t bits;
-    float f;
-    if (rest >= 0x7c00)
-        bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-    else {
-        // Shifted, the exponent is 112 too small; the multiplication also makes subnormal numbers right.
-        bits = rest << 13;
-        memcpy(&f, &bits, 4);
-        f *= 0x1p112f;
-        memcpy(&bits, &f, 4);
-        bits |= sign;
-    }
-    memcpy(&f, &bits, 4);
-    return f;
+    return tile * job->tile_rows + (tile < job->larger ? tile : job->larger);
 }
 
-static uint16_t float_to_half(float f)
+static inline long piece_words(const Job *job, long from)
 {
-    uint32_t bits, magnitude;
-    memcpy(&bits, &f, 4);
-    const uint16_t sign = bits >> 16 & 0x8000;
-    magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000)
-        return sign | 0x7e00;
-    if (magnitude >= 0x477ff000)  // 65520 and above round to infinity
-        return sign | 0x7c00;
-    if (magnitude < 0x38800000) {  // below the normal numbers: adding 0.5 leaves the rounded mantissa in the low bits
-        float tiny;
-        memcpy(&tiny, &magnitude, 4);
-        tiny += 0.5f;
-        memcpy(&magnitude, &tiny, 4);
-        return sign | (uint16_t)(magnitude - 0x3f000000);
-    }
-    magnitude += 0xc8000fff + (magnitude >> 13 & 1);  // exponent - 112, to nearest even
-    return sign | (uint16_t)(magnitude >> 13);
+    const long end = (from / job->group_words + 1) * job->group_words, last = end < job->words ? end : job->words;
+    return last - from < job->piece_words ? last - from : job->piece_words;
 }
 
-static inline float bfloat_to_float(uint16_t b)
-{
-    const uint32_t bits = (uint32_t)b << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
+#include "cpu_rows.h"
 
-static inline uint16_t float_to_bfloat(float f)
-{
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return bits >> 16 | 0x40;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+/* ---- instruction sets: what cpu_tile.h asks for, and what it makes of it ---- */
 
-static inline float element(const void *p, long i, int dtype)
-{
-    if (dtype == FLOAT32)
-        return ((const float *)p)[i];
-    const uint16_t bits = ((const uint16_t *)p)[i];
-    return dtype == FLOAT16 ? half_to_float(bits) : bfloat_to_float(bits);
-}
+#define VECTOR_OF(lanes, t) v##lanes##t
+#define WHOLE(w, s, bits, i, f) __builtin_convertvector((i)((bits) == 4 ? (w) >> 4 * (s) & 15 : (w) >> 8 * (s) & 255), f)
+#define MULTIPLY_ADD(sum, x, d) ((sum) + *(const float *)(x) * (d))
 
-static void store(const Job *job, long m, long n0, const float *values)
-{
-    const long count = job->n - n0 < 16 ? job->n - n0 : 16;
-    for (long i = 0; i < count; i++) {
-        const float f = values[i] + (job->bias ? element(job->bias, n0 + i, job->dtype) : 0.0f);
-        const long at = m * job->n + n0 + i;
-        if (job->dtype == FLOAT32)
-            ((float *)job->y)[at] = f;
-        else
-            ((uint16_t *)job->y)[at] = job->dtype == FLOAT16 ? float_to_half(f) : float_to_bfloat(f);
-    }
-}
-
-/* ---- float32 tiles ---- */
-
-#define DECODE4(w, j) __builtin_convertvector((v16i)((w) >> 4 * (j) & 15), v16f)
-#define DECODE8(w, j) __builtin_convertvector((v16i)((w) >> 8 * (j) & 255), v16f)
 #define NAME(f) f##_portable
-#define HALVES 1
-#define MAX_ROWS 2
+#define FORM AS_FLOAT
+#define LANES 4
+#define VECTOR(t) VECTOR_OF(4, t)
+#define SUM f
+#define START(values) (values)
+#define TOTAL(sum) (sum)
+#define CODES f
+#define DECODE(w, s, bits) WHOLE(w, s, bits, v4i, v4f)
+#define DOT(sum, x, d) MULTIPLY_ADD(sum, x, d)
+#define VECTORS 2
+#define ROWS 4
+#define SUMS 8
 #include "cpu_tile.h"
-#undef NAME
-#undef MAX_ROWS
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define NAME(f) f##_avx2
-#define MAX_ROWS 4
+#define FORM AS_FLOAT
+#define LANES 8
+#define VECTOR(t) VECTOR_OF(8, t)
+#define SUM f
+#define START(values) (values)
+#define TOTAL(sum) (sum)
+#define CODES f
+#define DECODE(w, s, bits) WHOLE(w, s, bits, v8i, v8f)
+#define DOT(sum, x, d) MULTIPLY_ADD(sum, x, d)
+#define VECTORS 2
+#define ROWS 6
+#define SUMS 8
 #include "cpu_tile.h"
-#undef NAME
-#undef MAX_ROWS
-#undef HALVES
-#undef DECODE4
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 // A table of 16 floats, looked up by the low four bits of every lane.
-#define DECODE4(w, j) (v16f) _mm512_permutexvar_ps((__m512i)((w) >> 4 * (j)), \
-    _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
+#define NUMBERS _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 #define NAME(f) f##_avx512
-#define HALVES 2
-#define MAX_ROWS 12
+#define FORM AS_FLOAT
+#define LANES 16
+#define VECTOR(t) VECTOR_OF(16, t)
+#define SUM f
+#define START(values) (values)
+#define TOTAL(sum) (sum)
+#define CODES f
+#define DECODE(w, s, bits) \
+    ((bits) == 4 ? (v16f)_mm512_permutexvar_ps((__m512i)((w) >> 4 * (s)), NUMBERS) : WHOLE(w, s, 8, v16i, v16f))
+#define DOT(sum, x, d) MULTIPLY_ADD(sum, x, d)
+#define VECTORS 4
+#define ROWS 6
+#define SUMS 8
 #include "cpu_tile.h"
-#undef NAME
 #pragma GCC pop_options
 
-#include "cpu_dot_tiles.h"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+/* Pairs of codes in bfloat16, in which whole numbers up to 255 are exact; so are products with x, which are added in float32. */
+INLINE v16u bfloats(v16u w, int s, const int bits)
+{
+    // 0 .. 15, twice: of a lane's low five bits the fifth belongs to the next code.
+    static const uint16_t numbers[16] = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                         0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)numbers));
+    if (bits == 4)
+        return (v16u)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)w, 4 * s), table);
+    return (v16u)WHOLE(w, s, 8, v16i, v16f) >> 16 | (v16u)WHOLE(w, s + 2, 8, v16i, v16f);
+}
+
+#define NAME(f) f##_bf16
+#define FORM AS_BFLOAT
+#define LANES 16
+#define VECTOR(t) VECTOR_OF(16, t)
+#define SUM f
+#define START(values) (values)
+#define TOTAL(sum) (sum)
+#define CODES u
+#define DECODE(w, s, bits) bfloats(w, s, bits)
+#define DOT(sum, x, d) (v16f)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)_mm512_set1_epi32(*(x)), (__m512bh)(d))
+#define VECTORS 4
+#define ROWS 6
+#define SUMS 8
+#include "cpu_tile.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+#define NAME(f) f##_int8
+#define FORM AS_INT8
+#define LANES 16
+#define VECTOR(t) VECTOR_OF(16, t)
+#define SUM i
+#define START(values) __builtin_convertvector(values, v16i)
+#define TOTAL(sum) __builtin_convertvector(sum, v16f)
+#define CODES u
+#define DECODE(w, s, bits) ((bits) == 4 ? (w) >> 4 * (s) & 0x0f0f0f0f : (w))
+#define DOT(sum, x, d) (v16i)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(d), _mm512_set1_epi32(*(x)))
+#define VECTORS 4
+#define ROWS 6
+#define SUMS 8
+#include "cpu_tile.h"
+#pragma GCC pop_options
 #endif
 
-/* ---- x as the tiles want it ---- */
+typedef struct {
+    void (*prepare)(const Job *, long tile, float *row);
+    void (*run)(const Job *, long block, float *totals);
+    int rows, form;
+} Path;
 
-enum { AS_FLOAT, AS_BFLOAT, AS_INT8 };
-
-/* Row of x [k] -> `to` [stride] and its sums over groups; order: column i of W is column order[i] of x. */
-static float prepare_row(const void *x, long k, int dtype, const int32_t *order, int form, long codes, void *to, long stride,
-                         float *sums, long groups, long group_size)
+static Path path(int isa, int dtype, int int8)
 {
-    static const int pairs[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    float scale = 1.0f, inverse = 1.0f;
-    (void)codes;
-    if (form == AS_INT8) {
-        float largest = 0.0f;
-        for (long i = 0; i < k; i++) {
-            const float f = element(x, i, dtype), a = f < 0 ? -f : f;
-            largest = a > largest || a != a ? a : largest;
-        }
-        scale = largest > 0 ? largest / 127.0f : 1.0f;
-        inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        if (!(largest <= 3.4e38f))  // Inf or NaN: the whole row shows it
-            scale = largest, inverse = 0.0f;
-    }
-    for (long g = 0; g < groups; g++) {
-        const long last = g + 1 < groups ? (g + 1) * group_size : k;
-        float sum = 0.0f;
-        for (long i = g * group_size; i < last; i++) {
-            const float f = element(x, order ? order[i] : i, dtype);
-            if (form == AS_FLOAT)
-                ((float *)to)[i] = f, sum += f;
-            else if (form == AS_INT8) {
-                const float q = __builtin_rintf(f * inverse);
-                ((int8_t *)to)[i] = (int8_t)(q == q ? q : 0);
-                sum += q == q ? q : 0;
-            } else {
-                sum += f;
-                ((uint16_t *)to)[i] = ((const uint16_t *)x)[order ? order[i] : i];
-            }
-        }
-        sums[g] = sum;
-    }
-    const size_t size = form == AS_FLOAT ? 4 : form == AS_BFLOAT ? 2 : 1;
-    memset((char *)to + k * size, 0, (stride - k) * size);
-    if (form == AS_BFLOAT) {
-        uint16_t *row = to, word[8];
-        for (long i = 0; i < stride; i += 8) {
-            memcpy(word, row + i, 16);
-            for (int j = 0; j < 8; j++)
-                row[i + j] = word[pairs[j]];
-        }
-    }
-    return scale;
+#if defined(__x86_64__)
+    if (int8)
+        return (Path){prepare_int8, run_int8, 6, AS_INT8};
+    if (isa == AVX512_BF16 && dtype == BFLOAT16)
+        return (Path){prepare_bf16, run_bf16, 6, AS_BFLOAT};
+    if (isa >= AVX512)
+        return (Path){prepare_avx512, run_avx512, 6, AS_FLOAT};
+    if (isa == AVX2)
+        return (Path){prepare_avx2, run_avx2, 6, AS_FLOAT};
+#endif
+    (void)isa, (void)dtype, (void)int8;
+    return (Path){prepare_portable, run_portable, 4, AS_FLOAT};
 }
 
 /* The best instruction set of this machine that the file was compiled for. */
@@ -237,52 +242,40 @@ int foem_cpu_w4a16(const void *x, long m, long k, int dtype, const uint32_t *wei
                    const float *scales, const float *zeros, float zero, const int32_t *order, const void *bias, void *y, int isa,
                    int int8, int threads)
 {
-    const long codes = 32 / bits, words = (k + codes - 1) / codes, stride = words * codes;
-    const long groups = (k + group_size - 1) / group_size, blocks = (n + BLOCK - 1) / BLOCK;
-    const int form = int8 ? AS_INT8 : isa == AVX512_BF16 && dtype == BFLOAT16 && bits == 4 ? AS_BFLOAT : AS_FLOAT;
-    const long size = form == AS_FLOAT ? 4 : form == AS_BFLOAT ? 2 : 1, element_size = dtype == FLOAT32 ? 4 : 2;
-    const long chunk = m < CHUNK ? m : CHUNK;
-    char *memory = malloc(chunk * (stride * size + groups * 4 + 4) + 64);
+    const Path best = path(isa, dtype, int8);
+    const long codes = 32 / bits, words = (k + codes - 1) / codes, groups = (k + group_size - 1) / group_size;
+    const long steps = STEPS(best.form, bits), size = dtype == FLOAT32 ? 4 : 2, chunk = m < CHUNK ? m : CHUNK;
+    Job job = {.order = order, .weight = weight, .scales = scales, .zeros = zeros, .zero = zero, .bias = bias, .n = n, .k = k,
+               .words = words, .groups = groups, .group_words = groups == 1 ? words : group_size / codes,
+               .piece_words = PIECE / steps, .dtype = dtype, .bits = bits};
+    const long pieces = groups * ((job.group_words + job.piece_words - 1) / job.piece_words);
+    const long own = ((chunk * PAIR > words * codes ? chunk * PAIR : words * codes) + 15) / 16 * 16;  // a thread's scratch
+    const long floats = threads * own + chunk * (words * steps + pieces + 1);
+    float *memory = aligned_alloc(64, (floats + 15) / 16 * 16 * sizeof *memory);
     if (!memory)
         return 1;
-    float *x_scales = (float *)memory, *sums = x_scales + chunk;
-    char *rows_of_x = (char *)(sums + chunk * groups);
-    const int wide = isa >= AVX512 || int8;  // a tile has both halves of a block
-    const int most = wide ? 12 : isa == AVX2 ? 4 : 2;
-    for (long m0 = 0; m0 < m; m0 += chunk) {
-        const long rows = m - m0 < chunk ? m - m0 : chunk;
-        Job job = {weight, scales, zeros, zero, n, words, groups, group_size / codes, stride, rows_of_x, sums, x_scales,
-                   (char *)y + m0 * n * element_size, bias, dtype};
-        if (groups == 1)
-            job.group_words = words;
+    job.x = (uint32_t *)(memory + threads * own);
+    job.x_sums = (float *)(job.x + chunk * words * steps);
+    job.x_scales = job.x_sums + chunk * pieces;
 #pragma omp parallel num_threads(threads)
-        {
-#pragma omp for schedule(static)
-            for (long r = 0; r < rows; r++)
-                x_scales[r] = prepare_row((const char *)x + (m0 + r) * k * element_size, k, dtype, order, form, codes,
-                                          rows_of_x + r * stride * size, stride, sums + r * groups, groups, group_size);
-#pragma omp for schedule(static)
-            for (long block = 0; block < blocks; block++)
-                for (long r = 0; r < rows;) {
-                    int count = most;
-                    while (count > rows - r)
-                        count = count == 12 ? 8 : count / 2;
-#if defined(__x86_64__)
-                    if (form == AS_BFLOAT)
-                        run_bf16(&job, block, r, count);
-                    else if (form == AS_INT8)
-                        run_int8(&job, block, r, count);
-                    else if (isa >= AVX512)
-                        run_avx512(&job, block, 0, r, count, codes);
-                    else if (isa == AVX2)
-                        for (int half = 0; half < 2; half++)
-                            run_avx2(&job, block, half, r, count, codes);
-                    else
+    {
+#ifdef _OPENMP
+        float *scratch = memory + omp_get_thread_num() * own;
+#else
+        float *scratch = memory;
 #endif
-                        for (int half = 0; half < 2; half++)
-                            run_portable(&job, block, half, r, count, codes);
-                    r += count;
-                }
+        for (long m0 = 0; m0 < m; m0 += chunk) {
+            Job part = job;
+            part.rows = m - m0 < chunk ? m - m0 : chunk;
+            part.tiles = (part.rows + best.rows - 1) / best.rows;
+            part.tile_rows = part.rows / part.tiles, part.larger = part.rows % part.tiles;
+            part.source = (const char *)x + m0 * k * size, part.y = (char *)y + m0 * n * size;
+#pragma omp for schedule(static)
+            for (long t = 0; t < part.tiles; t++)
+                best.prepare(&part, t, scratch);
+#pragma omp for schedule(static)
+            for (long block = 0; block < (n + PAIR - 1) / PAIR * 2; block += 2)
+                best.run(&part, block, scratch);
         }
     }
     free(memory);

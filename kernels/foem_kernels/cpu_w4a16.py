@@ -1,9 +1,9 @@
 """Quantized weights times fp32, fp16 or bf16 activations on CPUs: layout of the weights, and the torch op around cpu_w4a16.c.
 
-One kernel for every M: a tile of up to 12 rows of x and 32 outputs takes the codes apart in registers, so that weights are
+One kernel for every M: a tile of up to 6 rows of x and 64 outputs takes the codes apart in registers, so that weights are
 read once from memory while decoding and stay in the cache for prompts; nothing is dequantized into memory. Sums are float32.
 Codes of 2 and 3 bits are stored in 4. Activations are used as they are, in bf16 dot products (AVX-512 BF16, exact products)
-or float32 multiply-adds, unless FOEM_CPU_ACT=int8 asks for 8 bits a token's element (AVX-512 VNNI, 4-bit weights).
+or float32 multiply-adds, unless FOEM_CPU_ACT=int8 asks for 8 bits a token's element (AVX-512 VNNI).
 
 FOEM_CPU_ISA forces one of `native.INSTRUCTION_SETS`. Not used: AMX tiles, for want of a machine to run them on.
 """
@@ -18,6 +18,7 @@ from foem_kernels import native
 from foem_kernels.problem import Problem
 
 BLOCK = 32  # outputs that are stored together
+PAIR = 2 * BLOCK  # outputs that are computed together: their number is padded to it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the C enumeration
 
 
@@ -26,10 +27,10 @@ def stored_bits(bits: int) -> int:
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """codes uint8 [N, K] -> int32 [ceil(N / 32), ceil(K * bits / 32), 32] as cpu_w4a16.c describes them; padded with zeros."""
+    """codes uint8 [N, K] -> int32 [2 ceil(N / 64), ceil(K * bits / 32), 32] as cpu_w4a16.c describes them; padded with zeros."""
     n, k = codes.shape
     per = 32 // bits
-    codes = torch.nn.functional.pad(codes, (0, -k % per, 0, -n % BLOCK))
+    codes = torch.nn.functional.pad(codes, (0, -k % per, 0, -n % PAIR))
     # Four codes at a time: with 4 bits, columns 0 .. 3 of a word lie in its even nibbles, 4 .. 7 in the odd ones.
     quads = codes.view(torch.int32).view(-1, BLOCK, codes.shape[1] // per, per // 4)
     words = quads[..., 0] | quads[..., 1] << 4 if bits == 4 else quads[..., 0]
@@ -37,8 +38,8 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def blocked(values: torch.Tensor) -> torch.Tensor:
-    """[N, G] -> float32 [ceil(N / 32), G, 32], padded with zeros."""
-    values = torch.nn.functional.pad(values.float(), (0, 0, 0, -values.shape[0] % BLOCK))
+    """[N, G] -> float32 [2 ceil(N / 64), G, 32], padded with zeros."""
+    values = torch.nn.functional.pad(values.float(), (0, 0, 0, -values.shape[0] % PAIR))
     return values.view(-1, BLOCK, values.shape[1]).transpose(1, 2).contiguous()
 
 
@@ -79,21 +80,18 @@ class CpuW4A16:
                 raise ValueError(f"g_idx does not give every group {p.group_size} columns; FOEM_KERNEL=reference computes it")
             order = torch.argsort(g_idx.long(), stable=True)  # sorted by group; x's columns follow in every call
             codes = codes[:, order]
-        if int8 := int8_activations():
-            if stored_bits(p.bits) != 4:
-                raise ValueError(f"FOEM_CPU_ACT=int8 takes weights of up to 4 bits, not {p.bits}; leave it away")
         return {
             "weight": pack_words(codes, stored_bits(p.bits)),
             "scales": blocked(scales),
             "zeros": None if zeros is None else blocked(zeros),
             "order": None if order is None else order.int(),
             "isa": native.instruction_set(),
-            "int8": int8,
+            "int8": int8_activations(),
         }
 
     def size(self, p):
         columns = -(-p.k * stored_bits(p.bits) // 32) + p.groups * (1 if p.symmetric else 2)
-        return 4 * (-(-p.n // BLOCK) * BLOCK * columns + p.k * p.act_order)
+        return 4 * (-(-p.n // PAIR) * PAIR * columns + p.k * p.act_order)
 
     def gemm(self, x, weights, p, bias):
         return torch.ops.foem.cpu_w4a16(
