@@ -156,7 +156,7 @@ def check_convention(
     g = (group_index(codes.shape[1], spec) if g_idx is None else g_idx).long().to(codes.device)
     columns = torch.bincount(g, minlength=zeros.shape[1])
     held = columns > 0
-    sums = torch.zeros(zeros.shape, device=codes.device).index_add_(1, g, codes.float())[:, held]
+    sums = torch.zeros(zeros.shape, dtype=torch.float32, device=codes.device).index_add_(1, g, codes.float())[:, held]
     offsets = sums / columns[held] - zeros[:, held].float()
     expected = 1.0 if checkpoint_format == "gptq_v2" else -1.0
     if offsets.numel() >= 64 and offsets.std() < 1.5 and abs(float(offsets.mean()) - expected) < 0.25:

@@ -99,7 +99,7 @@ def _cpu_moe(
     local = torch.where((local >= 0) & (local < experts), local, experts)  # what is not here comes last and is left out
     pairs = torch.argsort(local, stable=True)
     counts = torch.bincount(local, minlength=experts + 1)[:experts].tolist()
-    found, start = torch.zeros(tokens, top_k, x.shape[1]), 0
+    found, start = torch.zeros(tokens, top_k, x.shape[1], dtype=torch.float32), 0
     for expert, count in enumerate(counts):
         if not count:
             continue
@@ -111,7 +111,7 @@ def _cpu_moe(
         gate, lift = up(rows, expert).float().chunk(2, -1)
         out = down((ACTIVATIONS[activation](gate) * lift).to(x.dtype), expert).float()
         found.flatten(0, 1)[mine] = out if apply_router_weight_on_input else out * weights
-    total = torch.zeros(x.shape)
+    total = torch.zeros(x.shape, dtype=torch.float32)
     for place in range(top_k):
         total += found[:, place]
     return total.to(x.dtype)
