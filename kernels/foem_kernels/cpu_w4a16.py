@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from foem_kernels import native
+from foem_kernels import native, pages
 from foem_kernels.problem import Problem
 
 BLOCK = 32  # outputs that are stored together
@@ -34,7 +34,8 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     # Four codes at a time: with 4 bits, columns 0 .. 3 of a word lie in its even nibbles, 4 .. 7 in the odd ones.
     quads = codes.view(torch.int32).view(-1, BLOCK, codes.shape[1] // per, per // 4)
     words = quads[..., 0] | quads[..., 1] << 4 if bits == 4 else quads[..., 0]
-    return words.transpose(1, 2).contiguous()
+    words = words.transpose(1, 2)
+    return pages.empty(tuple(words.shape), torch.int32).copy_(words)
 
 
 def blocked(values: torch.Tensor) -> torch.Tensor:
