@@ -35,7 +35,9 @@ from foem_vllm.analysis_report import OBJECTIVE, SETTINGS, STEPS, summarize
 from foem_vllm.checkpoint import quantized_modules, read_linear, tensor_sizes
 from foem_vllm.errors import FoemError
 from foem_vllm.format import TENSORS, FormatConfig, dequantize, read_config
-from foem_vllm.pipeline import QuantizeConfig, calibration_tokens, pick_device, progress_bar
+from foem_vllm.job import calibration_tokens, pick_device
+from foem_vllm.pipeline import progress_bar
+from foem_vllm.recipe import QuantizeConfig
 from foem_vllm.report import Report
 from foem_vllm.stream import StopForward, Weights
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from foem_vllm import capture, experts, models, selection
 from foem_vllm.errors import FoemError
-from foem_vllm.format import Quantized, dequantize
+from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
@@ -41,16 +41,18 @@ class BlockSolver:
     ):
         self.recipe, self.scale_dtypes, self.inputs, self.original = recipe, scale_dtypes, inputs, original
         self.guidance = guidance
+        self.specs: dict[str, QuantSpec] = {}  # of the current block's linears, by their names in it
         self._found: dict[tuple, object] = {}  # what trials showed
 
     def solve(
-        self, index: int, block: nn.Module, untouched: nn.Module | None, prefix: str, chosen: set[str]
+        self, index: int, block: nn.Module, untouched: nn.Module | None, prefix: str, specs: dict[str, QuantSpec]
     ) -> Iterator[tuple[LayerResult, Quantized]]:
-        """Quantize the linears of block number `index` whose full names (prefix + name) are `chosen`; both blocks are filled."""
-        linears = {n: m for n, m in models.find_linears(block).items() if prefix + n in chosen}
+        """Quantize the linears of block number `index` that `specs` has by full name (prefix + name); both blocks are filled."""
+        linears = {n: m for n, m in models.find_linears(block).items() if prefix + n in specs}
+        self.specs = {n: specs[prefix + n] for n in linears}
         if self.inputs is None:
             for n, linear in linears.items():
-                yield self._nearest(linear, prefix + n, [])
+                yield self._nearest(linear, prefix + n, self.specs[n], [])
             return
         known = capture.Known(block)
 
@@ -84,7 +86,7 @@ class BlockSolver:
             yield from self._solve_experts(block, untouched, prefix, name, linears, shown, run)
         for n, linear in plain.items():
             if n not in reached:
-                yield self._nearest(linear, prefix + n, ["no calibration token reached it: rounded to nearest"])
+                yield self._nearest(linear, prefix + n, self.specs[n], ["no calibration token reached it: rounded to nearest"])
         for b in range(len(self.inputs.hidden)):
             self.inputs.hidden[b] = run(b)
 
@@ -110,9 +112,17 @@ class BlockSolver:
     def _solve_stage(
         self, linears: dict[str, nn.Linear], prefix: str, moments: capture.Moments
     ) -> Iterator[tuple[LayerResult, Quantized]]:
-        recipe = self.recipe
-        spec, solver = recipe.spec, replace(recipe.solver, scale_dtypes=self.scale_dtypes)
+        """Linears with the same input: as one matrix where they are quantized alike."""
         means = moments.means(name=", ".join(prefix + n for n in linears))
+        for spec in dict.fromkeys(self.specs[n] for n in linears):
+            yield from self._solve_alike(
+                {n: m for n, m in linears.items() if self.specs[n] == spec}, spec, prefix, moments, means
+            )
+
+    def _solve_alike(
+        self, linears: dict[str, nn.Linear], spec: QuantSpec, prefix: str, moments: capture.Moments, means: capture.Means
+    ) -> Iterator[tuple[LayerResult, Quantized]]:
+        recipe, solver = self.recipe, replace(self.recipe.solver, scale_dtypes=self.scale_dtypes)
         stacked = torch.cat([m.weight.float() for m in linears.values()])
         target, choice, strength = stacked, None, recipe.correct
         folds = moments.folds() if strength != 0 or recipe.auto or solver.descent else []
@@ -130,7 +140,7 @@ class BlockSolver:
         for name, linear in linears.items():
             rows = slice(row, row + linear.out_features)
             row = rows.stop
-            result = self._result(linear, prefix + name, list(solved.notes))
+            result = self._result(linear, prefix + name, spec, list(solved.notes))
             result.loss = float(losses[rows].mean())
             result.relative = result.loss / max(float(sizes[rows].mean()), 1e-30)
             result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
@@ -139,15 +149,14 @@ class BlockSolver:
             linear.weight.data.copy_(after[rows])
             yield result, Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
 
-    def _nearest(self, linear: nn.Linear, name: str, notes: list[str]) -> tuple[LayerResult, Quantized]:
-        spec = self.recipe.spec
+    def _nearest(self, linear: nn.Linear, name: str, spec: QuantSpec, notes: list[str]) -> tuple[LayerResult, Quantized]:
         q = round_to_nearest(linear.weight.float(), spec, self.scale_dtypes, self.recipe.grid == "search")
         linear.weight.data.copy_(dequantize(q, spec))
-        return self._result(linear, name, notes), q
+        return self._result(linear, name, spec, notes), q
 
-    def _result(self, linear: nn.Linear, name: str, notes: list[str]) -> LayerResult:
+    def _result(self, linear: nn.Linear, name: str, spec: QuantSpec, notes: list[str]) -> LayerResult:
         n, k = linear.weight.shape
-        return LayerResult(name, n, k, self.recipe.spec.bits, self.recipe.spec.group_size, notes=notes)
+        return LayerResult(name, n, k, spec.bits, spec.group_size, notes=notes)
 
     def _can_keep(self, linear: nn.Linear) -> bool:
         """Whether there is room for what feeds the linear over the whole text."""

@@ -165,7 +165,7 @@ def tune_scales(
     inputs: BlockInputs,
     goal: list[torch.Tensor],
     quantized: dict[str, Quantized],
-    spec: QuantSpec,
+    specs: dict[str, QuantSpec],
     dtype: torch.dtype,
     scale_dtypes: tuple[torch.dtype, ...],
     seed: int = 0,
@@ -178,7 +178,7 @@ def tune_scales(
     """
     device = inputs.hidden[0].device
     head = Head(model, blocks)
-    stack = _Stack(blocks, blocks_name, weights, quantized, spec, dtype, device)
+    stack = _Stack(blocks, blocks_name, weights, quantized, specs, dtype, device)
     sequences = [(b, s) for b, h in enumerate(inputs.hidden) for s in range(len(h))]
     held, tuned_on = sequences[::HELD_OUT], [p for i, p in enumerate(sequences) if i % HELD_OUT]
     if not tuned_on:
@@ -238,8 +238,8 @@ def _parts(sequences: list) -> Iterator[list]:
 class _Stack:
     """The quantized model as codes, scales and one relative factor a scale; a block's weights exist only while it is run."""
 
-    def __init__(self, blocks, blocks_name, weights, quantized, spec, dtype, device):
-        self.blocks, self.spec, self.dtype = blocks, spec, dtype
+    def __init__(self, blocks, blocks_name, weights, quantized, specs, dtype, device):
+        self.blocks, self.specs, self.dtype = blocks, specs, dtype
         self.names: list[dict[str, str]] = []  # block -> parameter -> full name of its linear
         self.rest: list[dict[str, torch.Tensor]] = []
         self.quantized, self.factors, self.moments = quantized, {}, {}
@@ -261,14 +261,14 @@ class _Stack:
         def call(*args, **kwargs):
             parameters = dict(self.rest[index])
             for parameter, name in self.names[index].items():
-                q = self.quantized[name]
+                q, spec = self.quantized[name], self.specs[name]
                 scales = q.scales.float() * self.factors[name]
                 if q.g_idx is None:
                     n, groups = scales.shape
-                    grid = dequantize(q._replace(scales=torch.ones_like(q.scales)), self.spec)  # codes - zero
+                    grid = dequantize(q._replace(scales=torch.ones_like(q.scales)), spec)  # codes - zero
                     weight = (grid.view(n, groups, -1) * scales[..., None]).view(n, -1)
                 else:
-                    weight = dequantize(q._replace(scales=scales), self.spec)
+                    weight = dequantize(q._replace(scales=scales), spec)
                 parameters[parameter] = weight.to(self.dtype)
             return functional_call(self.blocks[index], parameters, args, kwargs)
 

@@ -247,7 +247,7 @@ def routed_run(preset, hidden, original, fickle=False):
     solver = BlockSolver(recipe, (torch.float16,), *streams)
     block, untouched = Routed(fickle), Routed(fickle)
     with torch.no_grad():
-        results = list(solver.solve(0, block, untouched, "m.0.", {"m.0.expert", "m.0.shared"}))
+        results = list(solver.solve(0, block, untouched, "m.0.", dict.fromkeys(("m.0.expert", "m.0.shared"), QuantSpec(4, 32))))
         expected = torch.cat([block(h) for h in hidden])
     assert torch.allclose(torch.cat(streams[0].hidden), expected, atol=1e-5)
     assert not torch.equal(block.expert.weight, untouched.expert.weight)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from foem_vllm import QuantizeConfig, endtoend, models, quantize
 from foem_vllm.format import read_config
-from foem_vllm.pipeline import calibration_tokens
+from foem_vllm.job import calibration_tokens
 from foem_vllm.stream import Weights, record_inputs
 
 SMALL = dict(calibration=str(CALIBRATION), samples=16, seq_len=64, group_size=32, device="cpu")

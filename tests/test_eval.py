@@ -22,7 +22,8 @@ from foem_vllm.checkpoint import storage
 from foem_vllm.errors import FoemError
 from foem_vllm.format import QuantSpec, dequantize, pack, read_config, unpack
 from foem_vllm.grid import round_to_nearest
-from foem_vllm.pipeline import QuantizeConfig, quantize
+from foem_vllm.pipeline import quantize
+from foem_vllm.recipe import QuantizeConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EVALUATION = ROOT / "eval/tinylm/data/evaluation.jsonl"

@@ -16,9 +16,9 @@ PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foe
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
 ORDER = ["errors", "bits", "spec", "integrity", "format", "serving", "ranks", "expert_parts", "layers", "stock", "grid",
-         "descent", "solver", "stream", "capture", "experts", "selection", "calibration", "recipe", "models", "report",
-         "checkpoint", "block", "endtoend", "pipeline", "doctor", "doctor_report", "analysis_report", "analyze", "cli_options",
-         "cli_measure", "cli"]
+         "descent", "solver", "stream", "capture", "experts", "selection", "calibration", "recipe", "models", "plan", "report",
+         "checkpoint", "block", "endtoend", "job", "pipeline", "doctor", "doctor_report", "analysis_report", "analyze",
+         "cli_options", "cli_measure", "cli"]
 PURE = {"format": {"errors", "bits", "spec"}, "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
@@ -201,14 +201,14 @@ def test_a_torchvision_that_does_not_import_is_removed(empty_python, tmp_path, c
 
 
 def test_what_is_missing_is_said_beforehand(monkeypatch, tmp_path):
-    assert setup_env.missing("cpu") == []
+    assert setup_env.missing("cpu", tmp_path) == []
     monkeypatch.setattr(setup_env.sys, "version_info", (3, 9, 0))
     monkeypatch.setattr(setup_env.shutil, "which", lambda name: None)
     monkeypatch.setattr(setup_env, "DISK_GB", {"cpu": 10**9, "gpu": 10**9})
-    found = "\n".join(setup_env.missing("cpu", tmp_path))
+    found = "\n".join(setup_env.missing("cpu", tmp_path / "venv"))
     assert "PYTHON=python3.12" in found and "apt install gcc" in found and "disk space" in found
 
 
 def test_the_stamp_depends_on_what_is_installed():
-    assert setup_env.stamp_text("cpu") != setup_env.stamp_text("gpu")
+    assert len({setup_env.stamp_text(*made) for made in [("cpu",), ("gpu",), ("cpu", "0.31.0")]}) == 3
     assert setup_env.stamp_text("cpu") == setup_env.stamp_text("cpu")

@@ -31,7 +31,8 @@ from foem_vllm import models
 from foem_vllm.calibration import DEFAULT as DEFAULT_CALIBRATION
 from foem_vllm.checkpoint import storage
 from foem_vllm.errors import FoemError
-from foem_vllm.pipeline import calibration_tokens, pick_device, quantize
+from foem_vllm.job import calibration_tokens, pick_device
+from foem_vllm.pipeline import quantize
 from foem_vllm.recipe import QuantizeConfig
 from foem_vllm.report import REPORT_FILE
 

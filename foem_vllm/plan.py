@@ -1,0 +1,73 @@
+"""What will be quantized, and how: decided from the empty model and the headers, before any weight is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from foem_vllm import experts, models
+from foem_vllm.errors import FoemError
+from foem_vllm.spec import QuantSpec
+from foem_vllm.stream import Weights
+
+
+@dataclass
+class Plan:
+    """specs: full name of a linear that is quantized -> how. skipped: name in the files -> why it stays as it is; of linears by
+    their own names, of other parameters with two or more dimensions by the parameter's."""
+
+    specs: dict[str, QuantSpec]
+    skipped: dict[str, str]
+
+    def excluded(self, linears: set[str]) -> list[str]:
+        """Names in the files of the linears, and of parameters that could be taken for one, that stay; `linears`: of all."""
+        return [name.removesuffix(".weight") for name in self.skipped if name in linears or name.endswith(".weight")]
+
+
+def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str], weights: Weights) -> Plan:
+    """Every linear of the blocks with `spec`, but those that a regular expression of `exclude` finds.
+
+    Raises FoemError when nothing is left, when K is not a multiple of the group size, or when the files use other names.
+    """
+    plan = Plan({}, {})
+    for index, block in enumerate(blocks):
+        prefix = f"{blocks_name}.{index}."
+        for name, linear in models.find_linears(block).items():
+            full = prefix + name
+            if any(re.search(pattern, weights.stored_name(full)) for pattern in exclude):
+                plan.skipped[weights.stored_name(full)] = "excluded by --exclude"
+                continue
+            _check_named(full, f"{index}.{name}", weights)
+            check_groups(full, linear.in_features, spec)
+            plan.specs[full] = spec
+        plan.skipped.update({weights.stored_name(prefix + n): "not a plain linear" for n in models.find_unquantizable(block)})
+    experts.check_whole(blocks_name, blocks, set(plan.specs))
+    if not plan.specs:
+        raise FoemError("no linear is left to quantize; check --exclude and the architecture")
+    return plan
+
+
+def _check_named(full: str, ending: str, weights: Weights) -> None:
+    if f"{full}.weight" in weights.files:
+        return
+    near = next((n for n in weights.files if n.endswith(f"{ending}.weight")), next(iter(weights.files), "nothing"))
+    raise FoemError(
+        f"{full}.weight: not among the model's weights (found for example {near}); load and save the model once with transformers"
+    )
+
+
+def check_groups(name: str, k: int, spec: QuantSpec) -> None:
+    """FoemError when `k` input columns are no whole number of groups."""
+    if spec.group_size == -1 or k % spec.group_size == 0:
+        return
+    fitting = [g for g in (256, 128, 64, 32, 16) if k % g == 0]
+    raise FoemError(
+        f"{name} has {k} input columns, not a multiple of --group-size {spec.group_size}; choose "
+        f"{' or '.join(map(str, [*fitting, -1]))}, or leave it out with --exclude"
+    )
+
+
+def linear_names(blocks_name: str, blocks: nn.ModuleList) -> set[str]:
+    return {f"{blocks_name}.{i}.{name}" for i, block in enumerate(blocks) for name in models.find_linears(block)}
