@@ -22,13 +22,15 @@ from safetensors.torch import save_file
 
 from foem_vllm.errors import FoemError
 from foem_vllm.format import TENSORS, FormatConfig, Quantized, QuantSpec, dequantize, pack, read_config, unpack
+from foem_vllm.html_report import render
 from foem_vllm.integrity import file_digest, read_headers
-from foem_vllm.report import REPORT_FILE
+from foem_vllm.model_card import model_card
+from foem_vllm.report import HTML_FILE, REPORT_FILE
 from foem_vllm.stream import Weights
 
 SHARD_BYTES = 2 * 1024**3
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
-OURS = ("config.json", "quantize_config.json", "model.safetensors.index.json", "README.md")
+OURS = ("config.json", "quantize_config.json", "model.safetensors.index.json", "README.md", REPORT_FILE, HTML_FILE)
 
 
 def check_output(out: pathlib.Path) -> None:
@@ -102,8 +104,8 @@ class Writer:
         self.shards.append(list(self.pending))
         self.pending, self.bytes = {}, 0
 
-    def finish(self, source: pathlib.Path, config: dict, quantization: FormatConfig, card: str, report: dict) -> None:
-        """Name the shards, write config, index, model card and report, copy the tokenizer's files, verify, rename."""
+    def finish(self, source: pathlib.Path, config: dict, quantization: FormatConfig, report: dict) -> None:
+        """Name the shards, write config, index, reports and model card, copy the tokenizer's files, verify, rename."""
         self._flush()
         weight_map, digests = {}, {}
         with disk_errors(self.folder):
@@ -124,7 +126,9 @@ class Writer:
             write_json(self.folder / "config.json", {**config, "quantization_config": section})
             write_json(self.folder / "quantize_config.json", section)
             write_json(self.folder / REPORT_FILE, report)
-            (self.folder / "README.md").write_text(card, "utf-8")
+            content = read_report(self.folder)
+            (self.folder / HTML_FILE).write_text(render(content), "utf-8")
+            (self.folder / "README.md").write_text(model_card(content), "utf-8")
             for file in sorted(source.iterdir()):
                 if (
                     file.is_file()
@@ -227,6 +231,22 @@ def storage(folder: pathlib.Path) -> dict[str, float]:
     )
     weights = sum(sizes[f"{m}.qweight"][0][0] * 32 // config.spec_for(m).bits * sizes[f"{m}.qweight"][0][1] for m in modules)
     return {"bytes": total, "bits_per_weight": bits / weights, "quantized_weights": weights}
+
+
+def read_report(folder: pathlib.Path) -> dict:
+    """foem_report.json of a checkpoint with what its files say: `storage`, and `sha256` of the shards.
+
+    Raises FoemError when there is no report.
+    """
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise FoemError(f"{path}: no such file; only `foem quantize` writes one")
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise FoemError(f"{path}: not JSON ({error}); the file was damaged, quantize or download it again") from None
+    sha256 = ((read_config(folder).meta or {}).get("foem") or {}).get("sha256", {})
+    return {**report, "storage": storage(folder), "sha256": sha256}
 
 
 def describe(folder: pathlib.Path) -> dict:

@@ -21,7 +21,7 @@ from foem_vllm.block import BlockSolver
 from foem_vllm.checkpoint import Writer, check_output, check_space
 from foem_vllm.job import Job, prepare
 from foem_vllm.recipe import QuantizeConfig
-from foem_vllm.report import Report, model_card
+from foem_vllm.report import Report, source_name
 from foem_vllm.spec import Quantized
 from foem_vllm.stream import BlockInputs, record_inputs
 
@@ -42,7 +42,7 @@ def quantize(
     job = prepare(model, config or QuantizeConfig())
     check_space(out, job.bytes_written())
     recipe, weights = job.recipe, job.weights
-    report = Report(recipe.stated, skipped=job.plan.skipped)
+    report = Report(recipe.stated, skipped=job.plan.skipped, model=source_name(model))
     with Writer(out) as writer, torch.no_grad(), progress_bar(progress, len(job.blocks)) as step:
         streams = Streams()
         if recipe.solver:
@@ -77,9 +77,8 @@ def quantize(
             writer.add(weights.stored_name(name), weights.read(name))
         step("verifying")
         report.seconds["total"] = time.perf_counter() - started
-        card = model_card(str(model), report.recipe, f"{writer.total / 1e6:.1f} MB")
         meta = {"quantizer": ["foem-vllm:" + version()], "foem": dict(report.recipe)}
-        writer.finish(job.folder, job.original_config(), job.format_config(meta), card, report.to_json())
+        writer.finish(job.folder, job.original_config(), job.format_config(meta), report.to_json())
     return report
 
 

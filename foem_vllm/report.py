@@ -11,6 +11,7 @@ import torch
 from foem_vllm.experts import coverage
 
 REPORT_FILE = "foem_report.json"
+HTML_FILE = "foem_report.html"  # the same as a page, see html_report
 
 
 @dataclass
@@ -37,13 +38,15 @@ class LayerResult:
 @dataclass
 class Report:
     """layers: in the order they were solved. skipped: parameters left unquantized, with the reason. seconds: wall time.
-    tuning: KL(original || quantized) on calibration text that the scales were not tuned on, before and after, nats a token."""
+    tuning: KL(original || quantized) on calibration text that the scales were not tuned on, before and after, nats a token.
+    model: what was quantized, see `source_name`."""
 
     recipe: dict
     layers: list[LayerResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, float] | None = None
+    model: str = ""
 
     def to_json(self) -> dict:
         import transformers
@@ -59,6 +62,7 @@ class Report:
             "threads": torch.get_num_threads(),
         }
         return {
+            "model": self.model,
             "recipe": self.recipe,
             "environment": environment,
             "seconds": self.seconds,
@@ -71,11 +75,13 @@ class Report:
 
 
 def by_kind(layers: list[LayerResult]) -> dict[str, dict]:
-    """Per kind of linear (last two parts of its name, such as mlp.up_proj): how many there are, their mean relative error and
-    strength of correction, and how often each alpha, beta and damping was chosen on held-out text, with the mean gain."""
+    """Per kind of linear (last two parts of its name, as mlp.up_proj, experts without their number): how many there are, their
+    mean relative error and strength of correction, and how often each alpha, beta and damping was chosen on held-out text, with
+    the mean gain."""
     kinds: dict[str, list[LayerResult]] = {}
     for layer in layers:
-        kinds.setdefault(".".join(layer.name.split(".")[-2:]), []).append(layer)
+        parts = [part for part in layer.name.split(".") if not part.isdecimal()]
+        kinds.setdefault(".".join(parts[-2:]), []).append(layer)
 
     def mean(values):
         values = [v for v in values if v is not None]
@@ -141,30 +147,7 @@ def layer_table(layers: list[dict], title: str):
     return table
 
 
-def model_card(source: str, recipe: dict, storage_line: str) -> str:
-    """README.md of the checkpoint, with the hub's front matter."""
-    base = source if source.count("/") == 1 and not pathlib.Path(source).exists() else None
-    front = [
-        "---",
-        *([f"base_model: {base}", "base_model_relation: quantized"] if base else []),
-        "library_name: transformers",
-        f"tags: [gptq, {recipe['bits']}-bit, foem]",
-        "---",
-    ]
-    rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
-    name = source.rstrip("/").split("/")[-1]
-    return (
-        "\n".join(front)
-        + f"""
-
-# {name}, quantized with foem-vllm
-
-GPTQ-format INT{recipe["bits"]} weights ({storage_line}), method `{recipe["method"]}`. Per-layer errors: `{REPORT_FILE}`.
-
-    vllm serve THIS_FOLDER --quantization foem
-
-| setting | value |
-|---|---|
-{rows}
-"""
-    )
+def source_name(model: str | pathlib.Path) -> str:
+    """What a report calls a model: its hub name, or the name of a local folder without the path, which says nothing elsewhere."""
+    path = pathlib.Path(model)
+    return path.absolute().name if path.exists() else str(model)
