@@ -114,6 +114,12 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; dtype as safetensors calls it (BF16, I32, F8_E4M3; BOOL takes a byte)."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
+
+
 def _fits(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> bool:
     """Whether a tensor's bytes start .. stop are as many as its shape needs; True for dtypes that are not known here."""
     bits = re.search(r"\d+", dtype)

@@ -17,10 +17,12 @@ from foem_vllm.integrity import read_header, weight_files
 
 class Weights:
     """The tensors of a folder of safetensors files, read one at a time by name. stored: what those are called in the files that
-    go by another name here."""
+    go by another name here. headers: (safetensors dtype, shape) of each by its name in the files."""
 
     def __init__(self, folder: pathlib.Path):
-        self.files = {name: path for path in weight_files(folder) for name in read_header(path)}
+        found = {path: read_header(path) for path in weight_files(folder)}
+        self.headers = {name: header for headers in found.values() for name, header in headers.items()}
+        self.files = {name: path for path, headers in found.items() for name in headers}
         self.stored: dict[str, str] = {}
 
     def rename(self, old: str, new: str) -> None:
