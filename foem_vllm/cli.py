@@ -1,4 +1,4 @@
-"""`foem`: quantize, inspect, doctor, analyze, eval, compare."""
+"""`foem`: quantize, inspect, doctor, push, analyze, eval, compare."""
 
 from __future__ import annotations
 
@@ -170,11 +170,17 @@ def quantize(
 def inspect(
     folder: Annotated[pathlib.Path, typer.Argument(help="Checkpoint folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    html: Annotated[pathlib.Path | None, typer.Option(help="Write the report of `foem quantize` as a page, here.")] = None,
 ) -> None:
     """Show what is in a checkpoint: format, layers, their errors, bits per weight, size."""
-    from foem_vllm.checkpoint import describe
+    from foem_vllm import html_report
+    from foem_vllm.checkpoint import describe, read_report
     from foem_vllm.report import kind_table, layer_table
 
+    if html:
+        html_report.write(read_report(folder), html)
+        print(f"{html}: {html.stat().st_size / 1e3:.0f} kB")
+        return
     content = describe(folder)
     if as_json:
         print(json.dumps(content, indent=2))
@@ -217,6 +223,19 @@ def doctor(
         raise typer.Exit(2) from None
     print(json.dumps(found, indent=2)) if as_json else print_report(found)
     raise typer.Exit(bool(found["problems"]))
+
+
+@app.command()
+def push(
+    folder: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="Checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made where it is missing; default: main.")] = None,
+) -> None:
+    """Upload a checkpoint to the Hugging Face hub, after a check that it is whole."""
+    from foem_vllm import hub
+
+    print(hub.push(folder, repo, private, revision))
 
 
 app.command()(cli_measure.analyze)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import pathlib
 import re
 from collections import Counter
 
 from foem_vllm import html_charts as charts
+from foem_vllm.errors import FoemError
 from foem_vllm.html_charts import Html, join, tag
 
 ROWS = 2000  # of linears; a table of all experts of a large model would take a browser minutes
@@ -100,6 +102,14 @@ def render(report: dict) -> str:
     ]
     page = tag("html", tag("head", *head), tag("body", *parts, tag("script", Html(SCRIPT))), lang="en")
     return f"<!DOCTYPE html>\n{page}\n"
+
+
+def write(report: dict, path: pathlib.Path) -> None:
+    """The page as a file; FoemError when it cannot be written."""
+    try:
+        path.write_text(render(report), "utf-8")
+    except OSError as error:
+        raise FoemError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def headline(report: dict) -> str:
