@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
-from foem_vllm.solver import solve
+from foem_vllm.rows import settle, solve_rows
 from foem_vllm.stream import BlockInputs
 
 KEPT_BYTES = 2 << 30  # of what feeds one linear; beyond it more of the block is run again
@@ -122,20 +121,9 @@ class BlockSolver:
     def _solve_alike(
         self, linears: dict[str, nn.Linear], spec: QuantSpec, prefix: str, moments: capture.Moments, means: capture.Means
     ) -> Iterator[tuple[LayerResult, Quantized]]:
-        recipe, solver = self.recipe, replace(self.recipe.solver, scale_dtypes=self.scale_dtypes)
         stacked = torch.cat([m.weight.float() for m in linears.values()])
-        target, choice, strength = stacked, None, recipe.correct
-        folds = moments.folds() if strength != 0 or recipe.auto or solver.descent else []
-        if strength != 0:
-            target, strength = selection.correct(stacked, folds, solver.damping, strength)
-        if recipe.auto:
-            choice = selection.choose(stacked, folds, spec, solver, recipe.auto, strength)
-            solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
-        if solver.descent and not selection.descent_helps(stacked, folds, spec, solver, strength):
-            solver = replace(solver, descent=False)
-        solved = solve(stacked, means.h, spec, solver, means.d, target)
-        after = dequantize(solved.quantized, spec)
-        losses, sizes = (((t @ means.h) * t).sum(1) for t in (after - target, stacked))
+        settled = settle(stacked, moments, spec, self.recipe, self.scale_dtypes)
+        solved, after, losses, sizes = solve_rows(stacked, means, spec, settled)
         row = 0
         for name, linear in linears.items():
             rows = slice(row, row + linear.out_features)
@@ -143,9 +131,7 @@ class BlockSolver:
             result = self._result(linear, prefix + name, spec, list(solved.notes))
             result.loss = float(losses[rows].mean())
             result.relative = result.loss / max(float(sizes[rows].mean()), 1e-30)
-            result.damping, result.tokens, result.correction = solved.damping, moments.tokens, strength
-            result.descent = solver.descent if recipe.solver.descent else None
-            result.chosen = None if choice is None else asdict(choice)
+            settled.describe(result, solved.damping, moments.tokens)
             linear.weight.data.copy_(after[rows])
             yield result, Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
 

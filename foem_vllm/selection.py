@@ -93,19 +93,21 @@ def full_correction(W: torch.Tensor, means: Means, damping: float) -> torch.Tens
     return torch.cholesky_solve(drift(W, means).T, L).T
 
 
-def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float | None = None) -> Correction:
-    """The corrected target W + strength G H^-1 (QEP, arXiv 2504.09629; Qronos, 2505.11695) of W [N, K].
+def fit_strength(W: torch.Tensor, folds: list[Means], damping: float) -> float:
+    """How far to correct the target of W [N, K]: fitted to the folds that did not make the correction C, <G_v, C> / <C H_v, C>
+    clamped to 0 .. 1 (METHOD: alpha*)."""
+    toward = length = 0.0
+    rows = spread(len(W), FEW_ROWS).to(W.device)
+    for suggests, judges in splits(of_rows(folds, rows)):
+        C, held = full_correction(W[rows], merge(suggests), damping), merge(judges)
+        toward += float((drift(W[rows], held) * C).sum())
+        length += float(((C @ held.h) * C).sum())
+    return min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
 
-    strength None: fitted to the folds that did not make the correction, <G_v, C> / <C H_v, C> clamped to 0 .. 1 (METHOD: alpha*).
-    """
-    if strength is None:
-        toward = length = 0.0
-        rows = spread(len(W), FEW_ROWS).to(W.device)
-        for suggests, judges in splits(of_rows(folds, rows)):
-            C, held = full_correction(W[rows], merge(suggests), damping), merge(judges)
-            toward += float((drift(W[rows], held) * C).sum())
-            length += float(((C @ held.h) * C).sum())
-        strength = min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
+
+def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float | None = None) -> Correction:
+    """The corrected target W + strength G H^-1 (QEP, arXiv 2504.09629; Qronos, 2505.11695) of W [N, K]; None: fitted."""
+    strength = fit_strength(W, folds, damping) if strength is None else strength
     if strength == 0.0 or not folds:
         return Correction(W, 0.0)
     return Correction(W.to(folds[0].h) + strength * full_correction(W, merge(folds), damping), strength)

@@ -1,0 +1,66 @@
+"""One matrix: what held-out text chooses for it, then its rows, all at once or some at a time. Rows do not interact."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from foem_vllm import capture, selection
+from foem_vllm.format import QuantSpec, dequantize
+from foem_vllm.recipe import Recipe
+from foem_vllm.report import LayerResult
+from foem_vllm.solver import Solved, SolverConfig, solve
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a matrix is solved: what the recipe says, and what held-out text chose. folds: what corrects its target, with this
+    damping, strength: how far. descent: whether codes are moved once more, None when not asked for."""
+
+    solver: SolverConfig
+    folds: list[capture.Means]
+    damping: float
+    strength: float
+    choice: selection.Choice | None
+    descent: bool | None
+
+    def describe(self, result: LayerResult, damping: float, tokens: int) -> None:
+        result.damping, result.tokens, result.correction, result.descent = damping, tokens, self.strength, self.descent
+        result.chosen = None if self.choice is None else asdict(self.choice)
+
+
+def settle(
+    W: torch.Tensor, moments: capture.Moments, spec: QuantSpec, recipe: Recipe, scale_dtypes: tuple[torch.dtype, ...]
+) -> Settled:
+    """Choose what the recipe leaves open for W [N, K]: a matrix, or rows that stand for a larger one."""
+    solver, strength, choice = replace(recipe.solver, scale_dtypes=scale_dtypes), recipe.correct, None
+    folds = moments.folds() if strength != 0 or recipe.auto or solver.descent else []
+    if not folds:
+        strength = 0.0
+    elif strength is None:
+        strength = selection.fit_strength(W, folds, solver.damping)
+    if recipe.auto:
+        choice = selection.choose(W, folds, spec, solver, recipe.auto, strength)
+        solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
+    descent = selection.descent_helps(W, folds, spec, solver, strength) if solver.descent else None
+    solver = replace(solver, descent=bool(descent))
+    return Settled(solver, folds, recipe.solver.damping, strength, choice, descent)
+
+
+class SolvedRows(NamedTuple):
+    """solved: codes and grid. after: [N, K] what they stand for. losses, sizes: [N] error and power of every output, a token."""
+
+    solved: Solved
+    after: torch.Tensor
+    losses: torch.Tensor
+    sizes: torch.Tensor
+
+
+def solve_rows(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled) -> SolvedRows:
+    """W: [N, K] float32, any rows of the matrix that was settled."""
+    target = selection.correct(W, settled.folds, settled.damping, settled.strength).target
+    solved = solve(W, means.h, spec, settled.solver, means.d, target)
+    after = dequantize(solved.quantized, spec)
+    return SolvedRows(solved, after, *(((t @ means.h) * t).sum(1) for t in (after - target, W)))
