@@ -117,6 +117,7 @@ def quantize(
         list[str] | None, typer.Option(help="Regular expression of linears to leave as they are; repeatable.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model into a GPTQ-format checkpoint that vLLM serves."""
@@ -149,7 +150,7 @@ def quantize(
         guided=guided,
         finetune_scales=finetune_scales,
     )
-    report = run_quantize(model, out, config, progress=not quiet)
+    report = run_quantize(model, out, config, progress=not quiet, resume=resume)
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]
     for note in notes[:10]:
         print(f"note: {note}", file=sys.stderr)
@@ -209,6 +210,7 @@ def doctor(
     tensor_parallel_size: Annotated[int, typer.Option(help="Ranks.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or an NVIDIA GPU that need not be here: sm_90.")] = None,
     memory: Annotated[float | None, typer.Option(help="GB of one rank; default: what the device has.")] = None,
+    enable_expert_parallel: Annotated[bool, typer.Option("--enable-expert-parallel", help="Ranks hold whole experts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Say what will run each layer, what fits, what is wrong, and whether stock vLLM serves it. Exit code 1 on problems, 2 if it
@@ -217,7 +219,7 @@ def doctor(
     from foem_vllm.doctor_report import print_report
 
     try:
-        found = examine(model, tensor_parallel_size, device, memory and int(memory * 1e9))
+        found = examine(model, tensor_parallel_size, device, memory and int(memory * 1e9), enable_expert_parallel)
     except NotACheckpoint as error:
         print(f"foem: error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -228,7 +230,7 @@ def doctor(
 @app.command()
 def push(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="OUT", help="Checkpoint folder.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where it is missing.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub; made where it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, made where it is missing; default: main.")] = None,
 ) -> None:

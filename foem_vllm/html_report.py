@@ -37,12 +37,12 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 600 }
 th:first-child, td:first-child, .text { text-align: left }
-.text { white-space: normal; min-width: 14rem; overflow-wrap: anywhere }
+.text { white-space: normal; overflow-wrap: anywhere } .scroll .text { min-width: 14rem }
 th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid var(--accent) }
 th[aria-sort=ascending] button::after { content: " \\25B2" } th[aria-sort=descending] button::after { content: " \\25BC" }
 input { font: inherit; padding: .2rem .5rem; margin: .4rem 0; width: 22rem; max-width: 100%; background: var(--page);
   color: var(--text); border: 1px solid var(--line); border-radius: .3rem }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 2rem }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 2rem }
 code { font-size: .85em; overflow-wrap: anywhere } details { margin: .4rem 0 }
 summary { cursor: pointer } svg { display: block; max-width: 100%; height: auto } svg text { fill: var(--quiet); font-size: 11px }
 .cell { fill: var(--accent) } .worst { fill: var(--warm) } .bar { fill: var(--accent) } .none { fill: var(--line) }
