@@ -230,7 +230,7 @@ def experts(coverage: dict[str, list[int]]) -> Html:
             ]
         )
     columns = ["experts of", "experts", "fewest tokens", "median", "most", "without any", "tokens, most to fewest"]
-    text = "Calibration tokens that the router gave each expert. Those without any are rounded to nearest."
+    text = "Calibration tokens that the router gave each expert. One with few borrows from all of its block: see the notes."
     return section("Experts", tag("p", text), table(columns, rows)) if rows else Html("")
 
 
