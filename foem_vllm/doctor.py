@@ -124,19 +124,25 @@ def collected(findings: list[Finding]) -> Iterator[None]:
         findings.append(finding_of(error))
 
 
-def examine(model: str, tensor_parallel_size: int = 1, device: str | None = None, memory: int | None = None) -> dict:
+def examine(
+    model: str,
+    tensor_parallel_size: int = 1,
+    device: str | None = None,
+    memory: int | None = None,
+    expert_parallel: bool = False,
+) -> dict:
     """Everything that `foem doctor` says, as `foem doctor --json` prints it.
 
     device: "cpu", "cuda", or a GPU's architecture such as "sm_90", which need not be here; default: a GPU where there is one.
-    memory: bytes for one rank; default: what the device has. `ours` and `stock` (whether each serves it, and why not), `layers`
-    and `memory` are None unless it is a GPTQ checkpoint. Raises NotACheckpoint when there is nothing to examine, FoemError on
+    memory: bytes for one rank; default: what the device has. expert_parallel: ranks hold whole experts, not a part of each.
+    `ours` and `stock` (whether each serves it, and why not), `layers` and `memory` are None unless it is a GPTQ checkpoint. Raises NotACheckpoint when there is nothing to examine, FoemError on
     impossible options.
     """
     device = check_device(device)
     if tensor_parallel_size < 1:
         raise FoemError(f"--tensor-parallel-size {tensor_parallel_size}: must be at least 1")
     content = read(model)
-    asked = Asked(tensor_parallel_size, served_dtype(content.text), device, kv_heads(content.text))
+    asked = Asked(tensor_parallel_size, served_dtype(content.text), device, kv_heads(content.text), expert_parallel)
     findings = [*content.findings, *heads_finding(content.text, asked)]
     found, notes = {"layers": None, "memory": None, "ours": None, "stock": None}, []
     if content.method in ("gptq", "foem"):
@@ -146,6 +152,7 @@ def examine(model: str, tensor_parallel_size: int = 1, device: str | None = None
         "method": content.method,
         "device": device,
         "tensor_parallel_size": tensor_parallel_size,
+        "expert_parallel": expert_parallel,
         "dtype": str(asked.dtype).removeprefix("torch."),
         "problems": [asdict(finding) for finding in findings],
         "notes": notes,

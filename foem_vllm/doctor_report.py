@@ -38,7 +38,7 @@ def print_report(found: dict) -> None:
 
 def layer_table(found: dict) -> Table:
     ranks = found["tensor_parallel_size"]
-    rank = f", one of {ranks} ranks" if ranks > 1 else ""
+    rank = f", one of {ranks} ranks" + (" that share experts out" if found["expert_parallel"] else "") if ranks > 1 else ""
     table = Table(title=f"{found['model']} on {found['device']}, {found['dtype']}{rank}")
     for column in ("layer", "times", "weights", "N x K", "kernel", "size"):
         table.add_column(column, justify="right" if column in ("times", "N x K", "size") else "left")

@@ -1,21 +1,23 @@
-"""What one rank computes of the quantized experts of a layer, and which it cannot. vLLM is not imported.
+"""What one rank computes of the quantized experts of a layer. vLLM is not imported.
 
-The plugin loads by it and refuses with it; `foem doctor` predicts with it.
+The plugin loads by it; `foem doctor` predicts with it.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from foem_kernels import Problem
 
 from foem_vllm.errors import FoemError
-from foem_vllm.format import QuantSpec, group_index
+from foem_vllm.ranks import Share
+from foem_vllm.serving import cut_order_groups, expert_groups, share_counts
+from foem_vllm.spec import QuantSpec
 
-REMEDY = "use --enable-expert-parallel or a smaller --tensor-parallel-size"
+NO_EXPERTS = "{} ranks cannot share {} experts, some would have none; use a smaller --tensor-parallel-size"
 
 
 def expert_specs(
@@ -61,58 +63,29 @@ class Part:
     n: int
     rows: bool
     ranks: int
-    rank: int
+    rank: int = 0
 
-    @property
-    def k_rank(self) -> int:
-        return self.k // self.ranks if self.rows else self.k
+    @functools.cached_property
+    def share(self) -> Share:
+        """Of this rank, of each linear of each expert."""
 
-    @property
-    def n_rank(self) -> int:
-        return self.n if self.rows else self.n // self.ranks
+        def cut(size: int) -> tuple[int, int]:
+            return self.rank * size // self.ranks, (self.rank + 1) * size // self.ranks
 
-    @property
-    def spec_rank(self) -> QuantSpec:
-        """The spec of this rank's part: where ranks cut through groups, groups are as large as still fits."""
-        size = self.spec.group_size
-        return self.spec if size == -1 or not self.rows else replace(self.spec, group_size=math.gcd(size, self.k_rank))
+        outputs = torch.arange(*(0, self.n) if self.rows else cut(self.n), device="cpu")
+        return Share(self.n, self.k, outputs, cut(self.k) if self.rows else (0, self.k))
 
     def problem(self, dtype: torch.dtype, device: str) -> Problem:
-        spec, k = self.spec_rank, self.k_rank
-        size = k if spec.group_size == -1 else spec.group_size
-        return Problem(len(self.linears) * self.n_rank, k, spec.bits, size, spec.symmetric, dtype, device, spec.desc_act)
+        """What a kernel is asked to do, as far as the config says it: columns in activation order that ranks cut are counted on
+        average, and what a g_idx does that no config speaks of is unknown."""
+        start, stop = self.share.inputs
+        if self.spec.desc_act and stop - start < self.k:
+            grouping = cut_order_groups(self.spec, self.k, self.ranks)
+        else:
+            grouping = expert_groups([share_counts(self.spec, start, stop)])
+        return self.problem_of(*grouping, self.spec.symmetric, self.spec.desc_act or grouping[1] > stop - start, dtype, device)
 
-    def check(self, where: str) -> None:
-        """Refuse sizes whose packed words would be cut in the middle, and orders of columns that cannot be cut at all."""
-        if self.ranks == 1:
-            return
-        if self.rows and self.spec.desc_act:
-            raise FoemError(
-                f"{where}: activation order (desc_act) spreads the groups of {self.linears[0][1]} over all {self.k} inputs, "
-                f"which cannot be split over ranks; {REMEDY}"
-            )
-        size = self.k_rank if self.rows else self.n_rank
-        if size * self.spec.bits % 32:
-            raise FoemError(
-                f"{where}: {size} {'inputs' if self.rows else 'outputs'} of {self.linears[0][1]} per rank are no whole words of "
-                f"{self.spec.bits}-bit codes; {REMEDY}"
-            )
-
-    def slice(self, key: str, loaded: torch.Tensor, where: str) -> torch.Tensor:
-        """This rank's part of a stored tensor of one expert's linear. Raises FoemError where an activation order is cut."""
-        bits, k, n = self.spec.bits, self.k_rank, self.n_rank
-        if self.ranks == 1 or (key == "g_idx" and not self.rows):
-            return loaded
-        if not self.rows:
-            width = n * bits // 32 if key == "qzeros" else n
-            return loaded[:, self.rank * width : (self.rank + 1) * width]
-        if key == "qweight":
-            words = k * bits // 32
-            return loaded[self.rank * words : (self.rank + 1) * words]
-        if key == "g_idx":
-            if not torch.equal(loaded, group_index(self.k, self.spec).to(loaded.device)):
-                raise FoemError(f"{where}: columns in activation order cannot be split over ranks; {REMEDY}")
-            return group_index(k, self.spec_rank)
-        size = k if self.spec.group_size == -1 else self.spec_rank.group_size
-        first = self.rank * k + torch.arange(0, k, size)  # columns; the groups of this rank begin there
-        return loaded[first // (self.k if self.spec.group_size == -1 else self.spec.group_size)]
+    def problem_of(self, size: int, columns: int, symmetric: bool, order: bool, dtype: torch.dtype, device: str) -> Problem:
+        """Of columns in groups of `size`; order: they are not the inputs one after the other."""
+        n = len(self.linears) * len(self.share.outputs)
+        return Problem(n, columns, self.spec.bits, size, symmetric, dtype, device, order)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from foem_kernels import Problem
 
 from foem_vllm.errors import FoemError
-from foem_vllm.expert_parts import Part, expert_specs
-from foem_vllm.serving import STEP, Finding, Headers, columns_of, rank_groups
+from foem_vllm.expert_parts import NO_EXPERTS, Part, expert_specs
+from foem_vllm.serving import Finding, Headers, columns_of, cut_order_groups, rank_groups
 from foem_vllm.spec import QuantSpec
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -64,8 +64,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Experts:
-    """All routed experts of a block as one rank computes them. parts: of one expert, gate and up together, then down; problems:
-    what a kernel is asked to do of each."""
+    """The routed experts of a block as one rank computes them. count: of the rank that has most. parts: of one expert, gate and
+    up together, then down; problems: what a kernel is asked to do of each, on the rank where that is most."""
 
     name: str
     count: int
@@ -79,23 +79,19 @@ class Experts:
 
 @dataclass(frozen=True)
 class Asked:
-    """For whom layers are made. kv_heads: of the model, None when unknown."""
+    """For whom layers are made. kv_heads: of the model, None when unknown. expert_parallel: ranks hold whole experts."""
 
     ranks: int
     dtype: torch.dtype
     device: str
     kv_heads: int | None = None
+    expert_parallel: bool = False
 
 
 def product(spec: QuantSpec, n: int, k: int, cut: bool, asked: Asked) -> Product:
-    """Of n outputs and k inputs, which are a part of a row-parallel linear's if `cut`.
-
-    A cut through an activation order leaves some columns of every group: how many, only g_idx says. They are then taken to
-    need groups of STEP, and half of the most padding that this can cost.
-    """
+    """Of n outputs and k inputs, which are a part of a row-parallel linear's if `cut`."""
     if spec.desc_act and cut:
-        groups = spec.groups(k * asked.ranks)
-        size, columns, order = STEP, -(-(k + groups * (STEP - 1) // 2) // STEP) * STEP, False
+        (size, columns), order = cut_order_groups(spec, k * asked.ranks, asked.ranks), False
     else:
         (size, columns), order = rank_groups(spec, 0, k), spec.desc_act and k % spec.group_size == 0
     return Product(spec, n, Problem(n, columns, spec.bits, size, spec.symmetric, asked.dtype, asked.device, order))
@@ -165,16 +161,20 @@ def experts(modules: Mapping[str, QuantSpec], headers: Headers, asked: Asked, fi
         try:
             specs = expert_specs(block, count, (gate, up, down), modules.get)
             sizes = {name: headers[f"{block}.0.{name}.qweight"][1][-1] for name in (gate, down)}
-            share(sizes[gate], "inner outputs", f"{block}.0.{gate}", asked, findings)
-            cut = (asked.ranks, 0)
-            parts = (Part("w13", (("w1", gate), ("w3", up)), specs[0], sizes[down], sizes[gate], False, *cut),
-                     Part("w2", (("w2", down),), specs[1], sizes[gate], sizes[down], True, *cut))  # fmt: skip
-            for part in parts:
-                part.check(block)
         except FoemError as error:
             findings.append(Finding(block, *re.fullmatch(r"(?:.*?: )?(.*); (.*)", str(error)).groups()))
             continue
-        yield Experts(block, count, parts, tuple(part.problem(asked.dtype, asked.device) for part in parts))
+        ranks = 1 if asked.expert_parallel else asked.ranks
+        if asked.expert_parallel and asked.ranks > count:
+            findings.append(Finding(block, *NO_EXPERTS.format(asked.ranks, count).split("; ")))
+        if sizes[gate] % ranks:
+            findings.append(Finding(f"{block}.0.{gate}", f"has {sizes[gate]} outputs, which {ranks} ranks cannot share evenly",
+                                    f"{FEWER}, or --enable-expert-parallel"))  # fmt: skip
+        parts = (Part("w13", (("w1", gate), ("w3", up)), specs[0], sizes[down], sizes[gate], False, ranks),
+                 Part("w2", (("w2", down),), specs[1], sizes[gate], sizes[down], True, ranks))  # fmt: skip
+        problems = tuple(max((replace(part, rank=rank).problem(asked.dtype, asked.device) for rank in range(ranks)),
+                             key=lambda p: (p.k, p.groups)) for part in parts)  # fmt: skip
+        yield Experts(block, -(-count // asked.ranks) if asked.expert_parallel else count, parts, problems)
 
 
 def served_layers(

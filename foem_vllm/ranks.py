@@ -75,20 +75,35 @@ class Regrouped(NamedTuple):
     order: torch.Tensor | None
 
 
+def group_counts(g_idx: torch.Tensor) -> list[int]:
+    """How many columns of a share each group has that has any, in the order of groups. g_idx: int32 [K]."""
+    return torch.unique(g_idx, return_counts=True)[1].tolist()
+
+
 def regroup(q: Quantized, spec: QuantSpec) -> Regrouped:
     """Bring the columns of a share into groups of one size (see `kernel_groups`), whatever part of every group it holds.
 
-    q: as `assemble` gives it. Columns that are added to fill a group have the zero point as their code, hence the weight 0, and
-    read some input of that group. An order of whole groups is left to the kernel, as g_idx.
+    q: as `assemble` gives it.
     """
-    k, device = q.codes.shape[1], q.codes.device
     if q.zeros is not None and bool((q.zeros == spec.mid).all()):
         q = q._replace(zeros=None)  # symmetric in all but name: kernels need not read zero points
+    g_idx = group_index(q.codes.shape[1], spec) if q.g_idx is None else q.g_idx
+    return arrange(q, spec, *kernel_groups(group_counts(g_idx)))
+
+
+def arrange(q: Quantized, spec: QuantSpec, size: int, columns: int) -> Regrouped:
+    """Lay a share out in groups of `size`, its own ones cut into pieces and filled up; `columns` in all, which are at least as
+    many as that takes.
+
+    Columns that are added to fill a group have the zero point as their code, hence the weight 0, and read some input of that
+    group. Where none are, an order of whole groups is left to the kernel, as g_idx.
+    """
+    k, device = q.codes.shape[1], q.codes.device
     g_idx = group_index(k, spec).to(device) if q.g_idx is None else q.g_idx
     order = torch.argsort(g_idx, stable=True)
     groups, counts = torch.unique_consecutive(g_idx[order], return_counts=True)
-    size, columns = kernel_groups(counts.tolist())
     pieces = -(-counts // size)
+    pieces[-1] += -(-columns // size) - pieces.sum()
     grid = groups.long().repeat_interleave(pieces)
     scales, zeros = q.scales[:, grid], None if q.zeros is None else q.zeros[:, grid]
     if columns == k:

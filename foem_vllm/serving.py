@@ -18,6 +18,7 @@ from foem_vllm.format import FormatConfig, QuantSpec, stored_shapes
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # {tensor: (safetensors dtype, shape)}
 FLOATS = ("F16", "BF16", "F32")
 STEP = 16  # every kernel takes groups of a multiple of this many columns, and one group for all columns
+EXPERT_SIZES = (128, 64, 32, STEP)  # groups that every kernel for experts takes, when they are whole
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,45 @@ def kernel_groups(counts: Sequence[int]) -> tuple[int, int]:
     return size, sum(-(-count // size) * size for count in counts)
 
 
-def rank_groups(spec: QuantSpec, start: int, stop: int) -> tuple[int, int]:
-    """`kernel_groups` of the columns start .. stop of a linear whose groups are in order: what a rank's kernel is asked to do."""
+def expert_groups(counts: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """`kernel_groups` of all experts of a layer, which are laid out alike: counts[e] are the columns of the groups of expert e.
+
+    Kernels want one group of whole STEPs, or whole groups of one of EXPERT_SIZES.
+
+    >>> expert_groups([[128, 64], [128, 64]])
+    (64, 192)
+    >>> expert_groups([[20, 30], [26, 24]])
+    (16, 64)
+    >>> expert_groups([[100]])
+    (112, 112)
+    """
+    if all(len(groups) == 1 for groups in counts):
+        size = -(-max(map(sum, counts)) // STEP) * STEP
+        return size, size
+    common = math.gcd(*(count for groups in counts for count in groups))
+    size = next((size for size in EXPERT_SIZES if common % size == 0), STEP)
+    return size, max(sum(-(-count // size) * size for count in groups) for groups in counts)
+
+
+def share_counts(spec: QuantSpec, start: int, stop: int) -> list[int]:
+    """Columns of every group among the columns start .. stop of a linear whose groups are in order."""
     if spec.group_size == -1:
-        return stop - start, stop - start
+        return [stop - start]
     size = spec.group_size
     edges = [start, *range((start // size + 1) * size, stop, size), stop]
-    return kernel_groups([b - a for a, b in zip(edges, edges[1:])])
+    return [b - a for a, b in zip(edges, edges[1:])]
+
+
+def rank_groups(spec: QuantSpec, start: int, stop: int) -> tuple[int, int]:
+    """`kernel_groups` of `share_counts`: what a rank's kernel is asked to do."""
+    return kernel_groups(share_counts(spec, start, stop))
+
+
+def cut_order_groups(spec: QuantSpec, k: int, ranks: int) -> tuple[int, int]:
+    """(group size, columns) that a rank needs, on average, for its part of the k columns of a linear in activation order.
+
+    It holds some columns of every group; how many, only g_idx says. They are taken to need groups of STEP, and half of the
+    most padding that this can cost.
+    """
+    columns = k // ranks + spec.groups(k) * (STEP - 1) // 2
+    return STEP, -(-columns // STEP) * STEP

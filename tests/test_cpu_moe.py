@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from foem_kernels import Problem, cpu_moe, native
+from foem_kernels import Problem, cpu_moe, native, pages
+from foem_kernels.cpu_w4a16 import CpuW4A16
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels were not compiled (no C compiler?)")
 
@@ -83,6 +84,33 @@ def test_equals_float64(case, routing):
         assert found.dtype == dtype and ((found.double() - y).abs() <= slack).all(), ((found.double() - y).abs() / slack).max()
         seen = max(seen, float((y.abs() / slack).max()))
     assert seen > 3  # the bound is smaller than what it bounds
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_columns_are_gathered_from_fewer_inputs(bits):
+    """As a rank has to that gets some columns of every group: groups are filled up with columns of no weight."""
+    e, hidden, inner = 4, 40, 24
+    g, plain, made = torch.Generator().manual_seed(3), [], []
+    for n, k, gated in ((2 * inner, hidden, True), (hidden, inner, False)):
+        (codes, scales, _, _, p), W = linear(e, n, k, 8, bits, False, False, torch.float32, k)
+        plain.append(W)
+        columns = torch.stack([torch.cat([torch.arange(k), torch.randint(0, k, (8,), generator=g)]) for _ in range(e)])
+        codes = torch.cat([codes, torch.full((e, n, 8), p.mid, dtype=torch.uint8)], 2)
+        p = Problem(n, k + 8, bits, 8, True, torch.float32, "cpu", True)
+        made.append(cpu_moe.prepare(codes, torch.cat([scales, scales[..., :1]], 2), None, None, p, gated=gated, order=columns))
+    x, ids, weights = torch.randn(5, hidden), torch.randint(0, e, (5, 2)), torch.rand(5, 2)
+    y, slack = expected(x, *plain, ids, weights, "silu", False, None, torch.float32)
+    assert ((cpu_moe.experts(x, *made, ids, weights).double() - y).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("bits,n", [(4, 40), (8, 64), (3, 128)])
+def test_each_expert_lies_as_a_linear_does(bits, n):
+    (codes, scales, zeros, g_idx, p), _ = linear(3, n, 64, 32, bits, True, True, torch.float32, 5)
+    found = cpu_moe.prepare(codes, scales, zeros, g_idx, p)
+    for e in range(3):
+        alone = CpuW4A16().prepare(codes[e], scales[e], zeros[e], g_idx[e], p)
+        assert all(torch.equal(found[key][e], alone[key]) for key in ("weight", "scales", "zeros", "order"))
+    assert found["weight"].untyped_storage().nbytes() >= pages.ARENA  # in huge pages, where a linear's are
 
 
 def test_no_tokens_and_bad_rows():

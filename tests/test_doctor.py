@@ -34,6 +34,9 @@ def run(*arguments):
     return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
 
 
+RANKS = ("--device", "cpu", "--tensor-parallel-size", 2)
+
+
 def shapes(found: dict) -> dict[str, tuple[int, int]]:
     return {row["name"]: (row["n"], row["k"]) for row in found["layers"]}
 
@@ -258,9 +261,11 @@ def test_experts(arch, tmp_path):
     assert rows["experts down"]["kernel"] == "cpu_w4a16" and found["ours"]["served"]
     if not torch.cpu._is_amx_tile_supported():
         assert "asymmetric" in found["stock"]["why"][0]
-    ordered = examine(str(write_rtn_checkpoint(source, tmp_path / "b", QuantSpec(4, 32, True, "full"))), 2, "cpu")
-    assert "cannot be split over ranks" in ordered["problems"][0]["problem"]
-    assert "--enable-expert-parallel" in ordered["problems"][0]["remedy"]
+    apart = examine(str(tmp_path / "a"), 2, "cpu", expert_parallel=True)
+    whole = {row["name"]: row for row in apart["layers"]}
+    assert (whole["experts gate_up"]["n"], whole["experts gate_up"]["k"]) == (2 * inner, 64)
+    assert (whole["experts down"]["n"], whole["experts down"]["k"]) == (64, inner) and whole["qkv_proj"] == rows["qkv_proj"]
+    assert apart["ours"]["served"] and "experts out" in run(tmp_path / "a", *RANKS, "--enable-expert-parallel").stdout
     three = examine(str(write_rtn_checkpoint(source, tmp_path / "c", QuantSpec(3, 32))), device="sm_90")
     assert "takes 4-bit codes, not 3-bit" in three["problems"][0]["problem"] and not three["ours"]["served"]
 

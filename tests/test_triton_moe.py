@@ -172,6 +172,18 @@ def prepared(case, w13, w2):
             for w, n, k, gated in ((w13, 2 * case.inner, case.hidden, True), (w2, case.hidden, case.inner, False))]
 
 
+def gathered(codes, scales, zeros, g_idx):
+    """What `prepare` takes of the same linears with their groups in another order, and one of no weight among them."""
+    (e, n, k), groups = codes.shape, scales.shape[2]
+    r, size = torch.Generator().manual_seed(7), k // groups
+    group = torch.stack([torch.randperm(groups + 1, generator=r) for _ in range(e)])  # `groups` is the one that is added
+    columns = (group[..., None] * size + torch.arange(size)).flatten(1)
+    codes = torch.cat([codes, torch.full((e, n, size), 8, dtype=torch.uint8)], 2).gather(2, columns[:, None].expand(e, n, -1))
+    scales = torch.cat([scales, scales[..., :1]], 2).gather(2, group[:, None].expand(e, n, -1))
+    p = Problem(n, k + size, 4, size, True, torch.float16, "cpu", True)
+    return dict(codes=codes, scales=scales, zeros=zeros, g_idx=g_idx, p=p, order=columns % k)
+
+
 def configurations(case, w13, w2):
     local = w13["w"].shape[0]
     return [grouped_configuration(case.tokens * case.top_k, local, case.experts, w["w"].shape[1] * 64, k, case.group or k)
@@ -239,6 +251,10 @@ def interpret():
     report["scale_dtypes"] = [str(a["scales"].dtype), str(finer["scales"].dtype)]
     sorted_order = torch.arange(case.hidden).div(32, rounding_mode="floor").expand(case.experts, case.hidden)
     report["order dropped"] = prepared(case, (*w13[:3], sorted_order), w2)[0]["perm"] is None
+    case = CASES[10]
+    x, w13, w2, ids, weights, _ = data(case, exact=True)
+    ordered = [prepare(**gathered(*w), gated=gated) for w, gated in ((w13, True), (w2, False))]
+    report["gathered"] = torch.equal(experts(x, *ordered, ids, weights), experts(x, *prepared(case, w13, w2), ids, weights))
     return report
 
 
@@ -333,6 +349,11 @@ def test_the_cases_reach_every_form(reports):
     for place in (0, 1):
         assert {c["splits"] > 1 for c in configs[place::2]} == {True, False}
     assert all(reports["interpret"][name(case)].get("largest", 1) > 0 for case in CASES)
+
+
+def test_columns_are_gathered_from_fewer_inputs(reports):
+    """As a rank has to that gets some columns of every group: groups are filled up with columns of no weight."""
+    assert reports["interpret"]["gathered"]
 
 
 def test_sorting(reports):

@@ -1,23 +1,26 @@
-"""The quantized experts of one mixture-of-experts layer inside vLLM: parameters, checked loading, hand-over to `foem_kernels`.
+"""The quantized experts of one mixture-of-experts layer inside vLLM: checked loading, hand-over to `foem_kernels`.
 
-Experts are stored one by one in a checkpoint, as `experts.3.gate_proj.qweight` (or w1, w2, w3), and computed together. As for
-linears the parameters exist only while weights are loaded, and each has a loader of ours instead of vLLM's, which sees no wrong
-shape of an expert and no missing one. Left out, and refused: biases of experts, activations without a gate or with limits
-(gpt-oss), LoRA on experts, load balancing with redundant experts (vLLM refuses it itself).
+Experts are stored one by one in a checkpoint, as `experts.3.gate_proj.qweight` (or w1, w2, w3), and computed together. Each
+stored tensor is kept as a linear's is (linear.py): the part for this rank, still packed, until the layer is complete. All
+experts of a layer are laid out alike, since one kernel call computes them. Left out, and refused: biases of experts, activations
+without a gate or with limits (gpt-oss), LoRA on experts, load balancing with redundant experts (vLLM refuses it itself).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import functools
 
 import torch
 from foem_kernels import moe
 
 from foem_vllm.errors import FoemError
-from foem_vllm.expert_parts import REMEDY, Part
-from foem_vllm.format import Quantized, QuantSpec, group_index, stored_shapes, unpack
+from foem_vllm.expert_parts import NO_EXPERTS, Part
+from foem_vllm.format import TENSORS, Quantized, QuantSpec
 from foem_vllm.plugin import compat
+from foem_vllm.plugin.linear import Arrived
+from foem_vllm.ranks import Regrouped, arrange, group_counts, joined, take
+from foem_vllm.serving import expert_groups
+from foem_vllm.spec import group_index
 
 
 class FoemMoEMethod(compat.FusedMoEMethodBase):
@@ -27,6 +30,7 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
     def __init__(self, specs: tuple[QuantSpec, QuantSpec], checkpoint_format: str, name: str, moe_config):
         super().__init__(moe_config)
         self.specs, self.checkpoint_format, self.name = specs, checkpoint_format, name
+        self.arrived: dict[tuple[int, str], Arrived] = {}  # (expert, vLLM's name of the shard)
 
     def create_weights(
         self,
@@ -37,32 +41,32 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra,
     ):
-        """See vLLM. Scales wait in float32, whatever the checkpoint holds. Raises FoemError on what no kernel computes."""
+        """See vLLM. The parameters are only names for its loader to find: what they are given is kept in `arrived`.
+
+        Raises FoemError on what no kernel computes.
+        """
         config = layer.moe_config
         self.check_layer(layer, hidden_size, intermediate_size_per_partition)
+        if config.ep_size > config.num_experts:
+            raise FoemError(f"{self.name}: {NO_EXPERTS.format(config.ep_size, config.num_experts)}")
         inner, ranks, rank = intermediate_size_per_partition * config.tp_size, config.tp_size, config.tp_rank
         gate_up = (("w1", layer.ckpt_gate_proj_name), ("w3", layer.ckpt_up_proj_name))
         self.parts = (
             Part("w13", gate_up, self.specs[0], hidden_size, inner, False, ranks, rank),
             Part("w2", (("w2", layer.ckpt_down_proj_name),), self.specs[1], inner, hidden_size, True, ranks, rank),
         )
+        self.device, self.dtype = torch.empty(0).device, params_dtype
         for part in self.parts:
-            part.check(self.name)
-        self.seen = set()  # (expert, shard, key)
-        for part in self.parts:
-            for key, (shape, dtype) in stored_shapes(part.spec_rank, part.k_rank, part.n_rank).items():
-                data = torch.zeros(num_experts, len(part.linears), *shape, dtype=dtype or torch.float32)
-                self.register(layer, f"{part.stem}_{key}", data, self.loader(layer, part, key))
+            for key in TENSORS:
+                self.register(layer, f"{part.stem}_{key}", functools.partial(self.load, layer, part, key))
             # Older writers store biases of zero for experts that have none, and vLLM passes over what has no parameter.
-            self.register(layer, f"{part.stem}_bias", torch.empty(0), self.zero_bias)
-        device = layer.w13_qweight.device.type
+            self.register(layer, f"{part.stem}_bias", self.zero_bias)
         try:
-            self.kernel = moe.choose(*(part.problem(params_dtype, device) for part in self.parts))
+            self.kernel = moe.choose(*(part.problem(params_dtype, self.device.type) for part in self.parts))
         except ValueError as error:
-            raise FoemError(f"{self.name}: {error}; {REMEDY if ranks > 1 else 'leave experts out with --exclude'}") from None
+            raise FoemError(f"{self.name}: {error}; leave experts out with --exclude") from None
         if layer.activation.value not in self.kernel.ACTIVATIONS:
             raise FoemError(self.refusal(f"activation {layer.activation.value}"))
-        self.dtype = params_dtype
 
     def check_layer(self, layer, hidden: int, inner: int) -> None:
         """Refuse layers that compute something else than gate, up and down."""
@@ -85,8 +89,8 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         )
 
     @staticmethod
-    def register(layer, name: str, data: torch.Tensor, loader: Callable) -> None:
-        parameter = torch.nn.Parameter(data, requires_grad=False)
+    def register(layer, name: str, loader) -> None:
+        parameter = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         parameter.weight_loader = loader
         layer.register_parameter(name, parameter)
 
@@ -95,77 +99,79 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         """The place among this rank's experts, -1 for an expert of another rank."""
         return layer._map_global_expert_id_to_local_expert_id(expert)
 
-    def loader(self, layer, part: Part, key: str):
-        """What vLLM calls with every expert's tensor: checks it whole, keeps this rank's part, notes that it came."""
-        shape, dtype = stored_shapes(part.spec, part.k, part.n)[key]
-        order = [shard for shard, _ in part.linears]
-
-        def load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
-            if (local := self.local(layer, expert_id)) < 0:
-                return False if return_success else None
-            where = f"{self.name}.{expert_id}.{dict(part.linears)[shard_id]}.{key}"
-            wrong_dtype = loaded_weight.dtype != dtype if dtype else not loaded_weight.is_floating_point()
-            if tuple(loaded_weight.shape) != shape or wrong_dtype:
-                raise FoemError(
-                    f"{where} is {loaded_weight.dtype} {list(loaded_weight.shape)} in the checkpoint, but the model's "
-                    f"config.json makes it {dtype or 'floating point'} {list(shape)}; config.json and weights are of different "
-                    "models"
-                )
-            param.data[local, order.index(shard_id)].copy_(part.slice(key, loaded_weight, where))
-            self.seen.add((expert_id, shard_id, key))
-            return True if return_success else None
-
-        return load
+    def load(self, layer, part: Part, key: str, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+        """What vLLM calls with every expert's tensor: checks it whole, keeps this rank's part."""
+        if self.local(layer, expert_id) < 0:
+            return False if return_success else None
+        if (expert_id, shard_id) not in self.arrived:
+            name = f"{self.name}.{expert_id}.{dict(part.linears)[shard_id]}"
+            self.arrived[expert_id, shard_id] = Arrived(name, part.spec, part.share, part.share.outputs)
+        arrived = self.arrived[expert_id, shard_id]
+        arrived.tensors[key] = take(key, loaded_weight, part.spec, arrived.share, arrived.name).to(self.device)
+        return True if return_success else None
 
     def zero_bias(self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
         if loaded_weight.any():
             raise FoemError(self.refusal(f"the bias of expert {expert_id} ({shard_id})"))
         return True if return_success else None
 
-    def quantized(self, layer, part: Part, expert: int) -> Quantized:
-        """One expert's linears of `part` as one, checked. Raises FoemError naming the tensor that is wrong or never came."""
+    def complete(self, part: Part, expert: int) -> list[Arrived]:
+        """The linears of one expert that `part` computes as one. Raises FoemError naming the tensor that never came."""
         found = []
-        for place, (shard, linear) in enumerate(part.linears):
-            name, tensors = f"{self.name}.{expert}.{linear}", {}
-            for key in stored_shapes(part.spec, part.k, part.n):
-                if (expert, shard, key) in self.seen:
-                    tensors[key] = getattr(layer, f"{part.stem}_{key}").data[self.local(layer, expert), place]
-                elif key != "g_idx" or part.spec.desc_act:
-                    raise FoemError(
-                        f"{name}.{key} was not loaded: it is missing from the checkpoint, or it has another name there; "
-                        "download or quantize the checkpoint again"
-                    )
-            found.append(unpack(tensors, part.spec_rank, self.checkpoint_format, name, part.k_rank))
-        first, last = found[0], found[-1]
-        if first.g_idx is not last.g_idx and not (
-            first.g_idx is not None and last.g_idx is not None and torch.equal(first.g_idx, last.g_idx)
-        ):
+        for shard, linear in part.linears:
+            name = f"{self.name}.{expert}.{linear}"
+            arrived = self.arrived.get((expert, shard)) or Arrived(name, part.spec, part.share, part.share.outputs)
+            if missing := arrived.missing():
+                raise FoemError(
+                    f"{name}.{missing[0]} was not loaded: it is missing from the checkpoint, or it has another name there; "
+                    "download or quantize the checkpoint again"
+                )
+            found.append(arrived)
+        return found
+
+    def quantized(self, arrived: list[Arrived]) -> Quantized:
+        """Linears that are computed as one. Raises FoemError naming the tensor that is wrong."""
+        found = [linear.quantized(self.checkpoint_format) for linear in arrived]
+        first, last = found[0].g_idx, found[-1].g_idx
+        if (first is None) != (last is None) or (first is not None and not torch.equal(first, last)):
             raise FoemError(
-                f"{self.name}.{expert}.{part.linears[-1][1]}.g_idx differs from that of {part.linears[0][1]}, with which it is "
-                "computed together; quantize again with --act-order static or none"
+                f"{arrived[-1].name}.g_idx differs from that of {arrived[0].name.rpartition('.')[2]}, with which it is computed "
+                "together; quantize again with --act-order static or none"
             )
-        zeros = None if first.zeros is None else torch.cat([q.zeros for q in found])
-        return Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found]), zeros, first.g_idx)
+        return joined(found)
 
     def process_weights_after_loading(self, layer) -> None:
-        """Check, unpack, lay out for the kernel, free the parameters. Raises FoemError naming the tensor that is wrong."""
-        layer.foem = []
+        """Check, unpack, lay out for the kernel, free what waited. Raises FoemError naming the tensor that is wrong."""
+        here = sorted((self.local(layer, e), e) for e in range(layer.global_num_experts))
+        here = [expert for place, expert in here if place >= 0]
+        layer.foem = [self.prepared(part, [self.complete(part, expert) for expert in here]) for part in self.parts]
+        self.arrived = {}
         for part in self.parts:
-            here = sorted((self.local(layer, e), e) for e in range(layer.global_num_experts))
-            qs = [self.quantized(layer, part, expert) for place, expert in here if place >= 0]
-            device = qs[0].codes.device
-            g_idx = None
-            if any(q.g_idx is not None for q in qs):
-                plain = group_index(part.k_rank, part.spec_rank).to(device)
-                g_idx = torch.stack([plain if q.g_idx is None else q.g_idx for q in qs])
-            codes, scales, zeros = (None if qs[0][i] is None else torch.stack([q[i] for q in qs]) for i in range(3))
-            problem = replace(part.problem(self.dtype, device.type), act_order=g_idx is not None)
-            try:
-                layer.foem.append(self.kernel.prepare(codes, scales, zeros, g_idx, problem, gated=part.stem == "w13"))
-            except ValueError as error:
-                raise FoemError(f"{self.name}: {error}") from None
-            for key in (*stored_shapes(part.spec, part.k, part.n), "bias"):
+            for key in (*TENSORS, "bias"):
                 delattr(layer, f"{part.stem}_{key}")
+
+    def prepared(self, part: Part, experts: list[list[Arrived]]):
+        """The kernel's layout of one linear of every expert; empties `experts` on the way."""
+        start, stop = part.share.inputs
+        plain = group_index(part.k, part.spec)[start:stop]
+        size, columns = expert_groups([group_counts(linears[0].tensors.get("g_idx", plain)) for linears in experts])
+        found: list[Regrouped] = []
+        for linears in experts:
+            found.append(arrange(self.quantized(linears), part.spec, size, columns))
+            linears.clear()
+        codes, scales, zeros = (None if found[0].q[i] is None else torch.stack([f.q[i] for f in found]) for i in range(3))
+        g_idx = order = None
+        if found[0].order is not None:
+            order = torch.stack([f.order for f in found])
+        elif any(f.q.g_idx is not None for f in found):
+            plain = (torch.arange(columns, device=self.device) // size).int()
+            g_idx = torch.stack([plain if f.q.g_idx is None else f.q.g_idx for f in found])
+        ordered = g_idx is not None or order is not None
+        problem = part.problem_of(size, columns, zeros is None, ordered, self.dtype, self.device.type)
+        try:
+            return self.kernel.prepare(codes, scales, zeros, g_idx, problem, gated=part.stem == "w13", order=order)
+        except ValueError as error:
+            raise FoemError(f"{self.name}: {error}") from None
 
     def get_fused_moe_quant_config(self, layer):
         """None: the kernels know what they need."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from foem_kernels.cpu_w4a16 import CpuW4A16, cpu_w4a16, stored_bits
+from foem_kernels import native
+from foem_kernels.cpu_w4a16 import PAIR, CpuW4A16, blocked, cpu_w4a16, int8_activations, pack_words, stored_bits
 from foem_kernels.problem import Problem
 
 ACTIVATIONS = {
@@ -33,26 +34,44 @@ def prepare(
     g_idx: torch.Tensor | None,
     p: Problem,
     gated: bool = False,
+    order: torch.Tensor | None = None,
 ) -> dict:
-    """The layout of one linear of every expert: what `CpuW4A16.prepare` gives for each, stacked, and the problem.
+    """The layout of one linear of every expert, each as `CpuW4A16.prepare` gives it, the weights of all in huge pages.
 
-    codes [E, n, k] uint8; scales, zeros [E, n, groups]; g_idx [E, k] or None. gated: the rows are those of gate, then of up.
-    Raises ValueError on shapes that do not fit `p`, and on g_idx that gives a group too many columns.
+    codes [E, n, k] uint8; scales, zeros [E, n, groups]; g_idx [E, k] or None. order: integers [E, k], which input of the linear
+    each column belongs to, when that is not one after the other: inputs may be fewer than columns, and more than one column's.
+    gated: the rows are those of gate, then of up. Raises ValueError on shapes that do not fit `p`, and on g_idx that gives a
+    group too many columns.
     """
     if reason := supports(p):
         raise ValueError(f"cpu_moe cannot run {p}: {reason}")
-    shapes = {"codes": (p.n, p.k), "scales": (p.n, p.groups), "zeros": (p.n, p.groups), "g_idx": (p.k,)}
-    given = {"codes": codes, "scales": scales, "zeros": zeros, "g_idx": g_idx}
+    shapes = {"codes": (p.n, p.k), "scales": (p.n, p.groups), "zeros": (p.n, p.groups), "g_idx": (p.k,), "order": (p.k,)}
+    given = {"codes": codes, "scales": scales, "zeros": zeros, "g_idx": g_idx, "order": order}
     for name, t in given.items():
         if t is not None and tuple(t.shape) != (len(codes), *shapes[name]):
             raise ValueError(f"{name} is {list(t.shape)}, but {len(codes)} experts of {p} need {[len(codes), *shapes[name]]}")
     if gated and p.n % 2:
         raise ValueError(f"gate and up rows must be equally many, found {p.n} together")
-    dense = CpuW4A16()
-    parts = [dense.prepare(*(None if t is None else t[e] for t in given.values()), p) for e in range(len(codes))]
-    stacked = {key: None if parts[0][key] is None else torch.stack([part[key] for part in parts])
-               for key in ("weight", "scales", "zeros", "order")}  # fmt: skip
-    return {**stacked, "isa": parts[0]["isa"], "int8": parts[0]["int8"], "problem": p}
+    if g_idx is not None:
+        groups, order = torch.sort(g_idx.long(), dim=1, stable=True)
+        if not torch.equal(groups, (torch.arange(p.k) // p.group_size).expand_as(groups)):
+            raise ValueError(f"g_idx does not give every group {p.group_size} columns")
+        codes = codes.gather(2, order[:, None].expand_as(codes))
+
+    def stacked(rows: torch.Tensor, layout) -> torch.Tensor:
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -p.n % PAIR))  # no tile of outputs belongs to two experts
+        return layout(padded.flatten(0, 1)).unflatten(0, (len(codes), -1))
+
+    return {
+        "weight": stacked(codes, lambda rows: pack_words(rows, stored_bits(p.bits))),
+        "scales": stacked(scales, blocked),
+        "zeros": None if zeros is None else stacked(zeros, blocked),
+        "order": None if order is None else order.int(),
+        "inputs": p.k if order is None else int(order.max()) + 1,
+        "isa": native.instruction_set(),
+        "int8": int8_activations(),
+        "problem": p,
+    }
 
 
 class _Linear:
@@ -64,6 +83,8 @@ class _Linear:
     def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         n, bits, group_size, zero, isa, int8 = self.sizes
         weight, scales, zeros, order = (None if t is None else t[expert] for t in self.tensors)
+        if order is not None and len(order) != x.shape[1]:  # else the kernel does it on the way
+            x, order = x.index_select(1, order), None
         return cpu_w4a16(x, weight, scales, zeros, order, None, n, bits, group_size, float(zero), isa, bool(int8))
 
 
@@ -141,13 +162,13 @@ def experts(
     up, down = w13["problem"], w2["problem"]
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    if up.n != 2 * down.k or down.n != up.k or len(w13["weight"]) != len(w2["weight"]):
+    if up.n != 2 * w2["inputs"] or down.n != w13["inputs"] or len(w13["weight"]) != len(w2["weight"]):
         raise ValueError(
-            f"w13 is {[len(w13['weight']), up.n, up.k]}, w2 {[len(w2['weight']), down.n, down.k]}; they must be "
+            f"w13 is {[len(w13['weight']), up.n, w13['inputs']]}, w2 {[len(w2['weight']), down.n, w2['inputs']]}; they must be "
             "[E, 2 inner, hidden] and [E, hidden, inner]"
         )
-    if x.dtype != up.dtype or x.dim() != 2 or x.shape[1] != up.k:
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}, but these experts take {up.dtype} [T, {up.k}]")
+    if x.dtype != up.dtype or x.dim() != 2 or x.shape[1] != w13["inputs"]:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, but these experts take {up.dtype} [T, {w13['inputs']}]")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or not topk_ids.shape[1] or topk_weights.shape != topk_ids.shape:
         raise ValueError(
             f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)} must both be [{x.shape[0]}, k], "

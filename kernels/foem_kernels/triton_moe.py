@@ -42,36 +42,39 @@ def interleave(t: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, g_idx: torch.Tensor | None, p: Problem,
-            gated: bool = False) -> dict:
+            gated: bool = False, order: torch.Tensor | None = None) -> dict:
     """The layout of one linear of every expert, each expert's as `TritonW4A16.prepare` gives it, stacked.
 
     codes [E, n, k] uint8; scales, zeros [E, n, groups]; g_idx [E, k] or None. gated: the rows are those of gate, then of up.
+    order: integers [E, k], which input of the linear each column belongs to, as `cpu_moe.prepare` takes it.
     Returns w uint8 [E, n_padded/64, k/chunk, 128, chunk/4], scales fp16 or fp32 and zeros uint8 or None [E, groups, n_padded],
-    perm int32 [E, k] or None, n. Raises ValueError on shapes that do not fit `p` and on g_idx that gives a group too many
-    columns.
+    perm int32 [E, k] or None, n, inputs. Raises ValueError on shapes that do not fit `p` and on g_idx that gives a group too
+    many columns.
     """
     experts = codes.shape[0]
     for name, t, shape in (("codes", codes, (p.n, p.k)), ("scales", scales, (p.n, p.groups)), ("zeros", zeros, (p.n, p.groups)),
-                           ("g_idx", g_idx, (p.k,))):
+                           ("g_idx", g_idx, (p.k,)), ("order", order, (p.k,))):
         if t is not None and t.shape != (experts, *shape):
             raise ValueError(f"{name} is {list(t.shape)}, but {experts} experts of {p} need {[experts, *shape]}")
     if reason := supports(p):
         raise ValueError(f"triton_moe cannot run {p}: {reason}")
     if gated and p.n % 2:
         raise ValueError(f"gate and up rows must be equally many, found {p.n} together")
-    order = interleave if gated else torch.Tensor.contiguous
+    arranged = interleave if gated else torch.Tensor.contiguous
     dense, parts = TritonW4A16(), []
     for e in range(experts):
-        rows = order(codes[e])
-        parts.append(dense.prepare(rows, order(scales[e]), None if zeros is None else order(zeros[e]),
+        rows = arranged(codes[e])
+        parts.append(dense.prepare(rows, arranged(scales[e]), None if zeros is None else arranged(zeros[e]),
                                    None if g_idx is None else g_idx[e], replace(p, n=rows.shape[0])))
     half = all(part["scales"].dtype == torch.float16 for part in parts)
-    perm = None if g_idx is None else torch.stack([part["perm"] for part in parts]).int()
+    perm = order if g_idx is None else torch.stack([part["perm"] for part in parts])
+    perm = None if perm is None else perm.int()
     if perm is not None and torch.equal(perm, torch.arange(p.k, device=perm.device).int().expand_as(perm)):
         perm = None
     return {"w": torch.stack([part["w"] for part in parts]),
             "scales": torch.stack([part["scales"] if half else part["scales"].float() for part in parts]),
-            "zeros": None if zeros is None else torch.stack([part["zeros"] for part in parts]), "perm": perm, "n": p.n}
+            "zeros": None if zeros is None else torch.stack([part["zeros"] for part in parts]), "perm": perm, "n": p.n,
+            "inputs": p.k if perm is None else int(perm.max()) + 1}
 
 
 def grouped_configuration(pairs: int, experts: int, all_experts: int, n: int, k: int, group_size: int,
@@ -164,21 +167,24 @@ def _triton_moe(x: torch.Tensor, w13: torch.Tensor, scales13: torch.Tensor, zero
     y = torch.empty_like(x)
     if not tokens:
         return y
-    experts, pairs, top_k, inner = w13.shape[0], topk_ids.numel(), topk_ids.shape[1], w2.shape[2] * w2.shape[4] * 4
+    experts, pairs, top_k = w13.shape[0], topk_ids.numel(), topk_ids.shape[1]
+    k13, k2 = (w.shape[2] * w.shape[4] * 4 for w in (w13, w2))
+    # What is gathered may have more columns than h: then h keeps the rows that gate and up are padded by.
+    inner = k2 if perm2 is None else w13.shape[1] * 32
     all_experts = experts if expert_map is None else expert_map.numel()
     capability, sms = _gpu(x.device.index) if x.is_cuda else ((9, 0), 132)
     first, second = (grouped_configuration(pairs, experts, all_experts, w.shape[1] * 64, k, k // scales.shape[1], capability, sms)
-                     for w, k, scales in ((w13, hidden, scales13), (w2, inner, scales2)))
+                     for w, k, scales in ((w13, k13, scales13), (w2, k2, scales2)))
     assert first.block_m == second.block_m
     routing = sort_pairs(topk_ids, expert_map, experts, first.block_m)
 
     def ordered(t, perm):
         if perm is None:
             return t
-        k = t.shape[1]
+        k = perm.shape[1]
         gathered = torch.empty((pairs, k), dtype=t.dtype, device=t.device)
-        device.gather_columns[(pairs, -(-k // 1024))](t, perm, topk_ids, expert_map, gathered, k, experts, all_experts,
-                                                      PAIRS_PER_ROW=pairs // t.shape[0], BLOCK=1024,
+        device.gather_columns[(pairs, -(-k // 1024))](t, perm, topk_ids, expert_map, gathered, t.shape[1], k, experts,
+                                                      all_experts, PAIRS_PER_ROW=pairs // t.shape[0], BLOCK=1024,
                                                       HAS_MAP=expert_map is not None, num_warps=4)
         return gathered
 
@@ -216,8 +222,7 @@ def experts(x: torch.Tensor, w13: dict, w2: dict, topk_ids: torch.Tensor, topk_w
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    inner = w2["w"].shape[2] * w2["w"].shape[4] * 4
-    hidden = w13["w"].shape[2] * w13["w"].shape[4] * 4
+    inner, hidden = w2["inputs"], w13["inputs"]
     if w13["n"] != 2 * inner or w2["n"] != hidden or w13["w"].shape[0] != w2["w"].shape[0]:
         raise ValueError(f"w13 is {[w13['w'].shape[0], w13['n'], hidden]}, w2 {[w2['w'].shape[0], w2['n'], inner]}; they must be "
                          "[E, 2 inner, hidden] and [E, hidden, inner]")

@@ -1,7 +1,7 @@
 """Device code of triton_moe: imported only when a kernel is launched or compiled, because it imports triton.
 
 A pair is one token with one of its top-k experts: pair = token * top_k + j. Five kernels: `sort_pairs` puts the pairs of an
-expert side by side, `gather_columns` (activation order only) permutes x, `grouped` is the product of each expert's pairs
+expert side by side, `gather_columns` (activation order only) rearranges x, `grouped` is the product of each expert's pairs
 with its weights, `activate` finishes the first product where K was split, `combine` adds up each token's pairs. The tile
 arithmetic is that of triton_w4a16_device, where its register layout is explained.
 """
@@ -55,15 +55,16 @@ def sort_pairs(topk_ids, expert_map, order, block_expert, pairs, blocks, experts
 
 
 @triton.jit
-def gather_columns(x, perm, topk_ids, expert_map, y, k_size, experts, all_experts, PAIRS_PER_ROW: tl.constexpr,
+def gather_columns(x, perm, topk_ids, expert_map, y, inputs, k_size, experts, all_experts, PAIRS_PER_ROW: tl.constexpr,
                    BLOCK: tl.constexpr, HAS_MAP: tl.constexpr):
-    """y [pairs, k] = x [pairs / PAIRS_PER_ROW, k] with its columns in the order of the pair's expert; perm int32 [experts, k]."""
+    """y [pairs, k] = columns of x [pairs / PAIRS_PER_ROW, inputs], those that perm int32 [experts, k] names for the pair's
+    expert."""
     pair = tl.program_id(0).to(tl.int64)
     e = _expert(topk_ids, expert_map, pair, True, experts, all_experts, HAS_MAP)
     if e >= 0:
         k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         column = tl.load(perm + e.to(tl.int64) * k_size + k, mask=k < k_size, other=0)
-        tl.store(y + pair * k_size + k, tl.load(x + pair // PAIRS_PER_ROW * k_size + column), mask=k < k_size)
+        tl.store(y + pair * k_size + k, tl.load(x + pair // PAIRS_PER_ROW * inputs + column), mask=k < k_size)
 
 
 @triton.jit
