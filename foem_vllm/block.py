@@ -61,15 +61,7 @@ class BlockSolver:
 
         separate = experts.find(block)
         plain = {n: m for n, m in linears.items() if not any(n.startswith(f"{name}.") for name in separate)}
-        stages = self._find_stages(block, plain, run)
-        # Several sequences, of different batches where there are some: routed experts then show that they do not see all tokens.
-        hidden = self.inputs.hidden
-        several = min(4, len(hidden[0]))
-        several = torch.cat([h[:1] for h in hidden[:several]]) if len(hidden) >= several else hidden[0]
-        trial = functools.partial(self.inputs.run, index, block, several)
-        alone = [s[0] for s in stages if len(s) == 1]
-        places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
-        parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone if self._can_keep(linears[n])}
+        stages, places, parts = self._examine(index, block, plain)
         shown = self._record(index, untouched, stages, places, set(separate)) if self.original else None
         reached: set[str] = set()
         for stage in stages:
@@ -88,6 +80,35 @@ class BlockSolver:
                 yield self._nearest(linear, prefix + n, self.specs[n], ["no calibration token reached it: rounded to nearest"])
         for b in range(len(self.inputs.hidden)):
             self.inputs.hidden[b] = run(b)
+
+    def advance(self, index: int, block: nn.Module, untouched: nn.Module | None, weights: dict[str, torch.Tensor]) -> None:
+        """Both streams past a block that was quantized before; weights: name in the block -> what its linear dequantizes to."""
+        linears = models.find_linears(block)
+        if self.inputs is not None:
+            # As `solve` did: what one block shows is remembered for those that are built alike.
+            separate = experts.find(block)
+            self._examine(index, block, {n: linears[n] for n in weights if not any(n.startswith(f"{e}.") for e in separate)})
+        for name, weight in weights.items():
+            linears[name].weight.data.copy_(weight)
+        for stream, passed in ((self.inputs, block), (self.original, untouched)):
+            for b in range(len(stream.hidden) if stream else 0):
+                stream.hidden[b] = stream.call(index, passed, b)
+
+    def _examine(
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear]
+    ) -> tuple[list[list[str]], dict[str, str | None], dict[str, capture.Part | None]]:
+        """How the block is put together: (stages of linears that share an input; of those with one linear, where its output joins
+        the residual stream, and the part of the block that it is the output of)."""
+        stages = self._find_stages(block, linears, functools.partial(self.inputs.call, index, block))
+        # Several sequences, of different batches where there are some: routed experts then show that they do not see all tokens.
+        hidden = self.inputs.hidden
+        several = min(4, len(hidden[0]))
+        several = torch.cat([h[:1] for h in hidden[:several]]) if len(hidden) >= several else hidden[0]
+        trial = functools.partial(self.inputs.run, index, block, several)
+        alone = [s[0] for s in stages if len(s) == 1]
+        places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
+        parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone if self._can_keep(linears[n])}
+        return stages, places, parts
 
     def _solve_experts(
         self, block: nn.Module, untouched: nn.Module | None, prefix: str, name: str, linears: dict[str, nn.Linear], shown, run

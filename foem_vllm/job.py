@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from foem_vllm import calibration, experts, models, plan
-from foem_vllm.checkpoint import tensor_sizes
 from foem_vllm.errors import FoemError
 from foem_vllm.format import FormatConfig
 from foem_vllm.recipe import QuantizeConfig, Recipe, resolve
 from foem_vllm.stream import Weights, load_block
+from foem_vllm.writer import Header, headers_of
 
 
 @dataclass
@@ -47,10 +47,14 @@ class Job:
         """Names of the tensors that go into the checkpoint as they are."""
         return [n for n in self.weights.files if not (n.endswith(".weight") and n.removesuffix(".weight") in self.plan.specs)]
 
-    def bytes_written(self) -> int:
-        """About the size of the checkpoint."""
-        stored = sum(size for _, size in tensor_sizes(self.folder).values())
-        return int(stored * (0.1 + self.recipe.spec.bits / 16))
+    def tensors(self) -> dict[str, Header]:
+        """Everything that the checkpoint will hold, block by block, under the names of the files."""
+        found: dict[str, Header] = {}
+        for name, spec in self.plan.specs.items():
+            n, k = self.empty.get_submodule(name).weight.shape
+            found |= headers_of(self.weights.stored_name(name), spec, k, n)
+        stored = map(self.weights.stored_name, self.untouched())
+        return found | {name: self.weights.headers[name] for name in stored}
 
     def original_config(self) -> dict:
         return json.loads((self.folder / "config.json").read_text("utf-8"))

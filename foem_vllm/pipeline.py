@@ -9,77 +9,132 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import pathlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 
-from foem_vllm import endtoend, selection
+from foem_vllm import endtoend, models, selection
 from foem_vllm.block import BlockSolver
-from foem_vllm.checkpoint import Writer, check_output, check_space
+from foem_vllm.errors import FoemError
+from foem_vllm.format import dequantize
 from foem_vllm.job import Job, prepare
 from foem_vllm.recipe import QuantizeConfig
-from foem_vllm.report import Report, source_name
+from foem_vllm.report import REPORT_FILE, LayerResult, Report, source_name
 from foem_vllm.spec import Quantized
 from foem_vllm.stream import BlockInputs, record_inputs
+from foem_vllm.writer import Writer, check_output, differences
 
 TOKENS_PER_BATCH = 4096
 
 
 def quantize(
-    model: str | pathlib.Path, out: str | pathlib.Path, config: QuantizeConfig | None = None, progress: bool = False
+    model: str | pathlib.Path,
+    out: str | pathlib.Path,
+    config: QuantizeConfig | None = None,
+    progress: bool = False,
+    resume: bool = False,
 ) -> Report:
     """Quantize the causal LM `model` (folder or hub name) into the new folder `out`.
 
-    Returns the report that is also stored there. Raises FoemError on bad input, before anything is written where possible;
-    on any error `out` is not created. The global random state is left as found.
+    resume: go on where an interrupted run with the same settings stopped, if there is one; the weights are then the same, byte
+    for byte, as those of a run that was not interrupted. Returns the report that is also stored there. Raises FoemError on bad
+    input, before anything is written where possible; on any error `out` is not created. The global random state is left as found.
     """
     started = time.perf_counter()
     out = pathlib.Path(out)
-    check_output(out)
     job = prepare(model, config or QuantizeConfig())
-    check_space(out, job.bytes_written())
-    recipe, weights = job.recipe, job.weights
-    report = Report(recipe.stated, skipped=job.plan.skipped, model=source_name(model))
+    if resume and (out / REPORT_FILE).is_file():
+        return finished_before(job, out)
+    check_output(out)
+    report = Report(job.recipe.stated, skipped=job.plan.skipped, model=source_name(model))
     with Writer(out) as writer, torch.no_grad(), progress_bar(progress, len(job.blocks)) as step:
-        streams = Streams()
-        if recipe.solver:
-            tokens = job.tokens()
+        tokens = job.tokens() if job.recipe.solver else None
+        if tokens is not None:
             report.recipe["calibration_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-            streams = start_streams(job, tokens)
+        writer.open(identity(job, report), job.tensors(), resume)
+        streams = Streams() if tokens is None else start_streams(job, tokens)
         guidance = None
-        if recipe.guided:
+        if job.recipe.guided:
             step("gradients")
-            guidance = endtoend.guide(job.empty, job.blocks, job.blocks_name, weights, streams.start, job.dtype)
-        solver = BlockSolver(recipe, job.scale_dtypes, streams.inputs, streams.original, guidance)
-        untuned: dict[str, Quantized] = {}
+            guidance = endtoend.guide(job.empty, job.blocks, job.blocks_name, job.weights, streams.start, job.dtype)
+        solver = BlockSolver(job.recipe, job.scale_dtypes, streams.inputs, streams.original, guidance)
+        codes: dict[str, Quantized] = {}  # of the whole model, where its scales are tuned in the end
         report.seconds["prepare"] = time.perf_counter() - started
+        finished = {entry["block"]: entry for entry in writer.entries}
         for index in range(len(job.blocks)):
             step(f"block {index + 1}/{len(job.blocks)}")
-            block = job.load(index)
-            untouched = job.load(index) if streams.original else None
-            for result, q in solver.solve(index, block, untouched, job.prefix(index), job.plan.specs):
-                if recipe.finetune_scales:
-                    untuned[result.name] = q
-                else:
-                    writer.add_linear(weights.stored_name(result.name), q, job.plan.specs[result.name], recipe.checkpoint_format)
-                result.name = weights.stored_name(result.name)
-                report.layers.append(result)
-        if untuned:
-            tuned = tune(job, streams, untuned, step)
-            report.tuning = {"held_out_kl_before": tuned.before, "held_out_kl_after": tuned.after}
-            for name, q in untuned.items():
-                q = q._replace(scales=tuned.scales[name])
-                writer.add_linear(weights.stored_name(name), q, job.plan.specs[name], recipe.checkpoint_format)
+            take = pass_block if index in finished else solve_block
+            found = take(job, solver, writer, index, finished.get(index))
+            report.layers += [result for result, _ in found.values()]
+            if job.recipe.finetune_scales:
+                codes |= {name: q for name, (_, q) in found.items()}
+        if codes:
+            report.tuning = tune(job, streams, codes, writer, step)
         for name in job.untouched():
-            writer.add(weights.stored_name(name), weights.read(name))
+            writer.add(job.weights.stored_name(name), job.weights.read(name))
         step("verifying")
         report.seconds["total"] = time.perf_counter() - started
         meta = {"quantizer": ["foem-vllm:" + version()], "foem": dict(report.recipe)}
         writer.finish(job.folder, job.original_config(), job.format_config(meta), report.to_json())
     return report
+
+
+def identity(job: Job, report: Report) -> dict:
+    """What decides the bytes of the checkpoint: an interrupted run is resumed only where all of it is the same."""
+    files = sorted({path for path in job.weights.files.values()})
+    versions = {"foem_vllm": version(), "torch": torch.__version__}
+    return {
+        **report.recipe,
+        "device": str(job.device),
+        "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "versions": versions,
+    }
+
+
+def finished_before(job: Job, out: pathlib.Path) -> Report:
+    """The report of a run that needs no resuming. Raises FoemError when it was made with other settings."""
+    report = Report.from_json(json.loads((out / REPORT_FILE).read_text("utf-8")))
+    stated = {**report.recipe, **job.recipe.stated}
+    if differing := differences(report.recipe, json.loads(json.dumps(stated))):
+        raise FoemError(f"{out}: finished, but with other settings: {differing}; choose another output folder")
+    return report
+
+
+Found = dict[str, tuple[LayerResult, Quantized]]  # by full name of the linear
+
+
+def solve_block(job: Job, solver: BlockSolver, writer: Writer, index: int, _) -> Found:
+    """Quantize a block, and write it down."""
+    block, found = job.load(index), {}
+    untouched = job.load(index) if solver.original else None
+    for result, q in solver.solve(index, block, untouched, job.prefix(index), job.plan.specs):
+        name, result.name = result.name, job.weights.stored_name(result.name)
+        writer.add_linear(result.name, q, job.plan.specs[name], job.recipe.checkpoint_format)
+        found[name] = result, q
+    results = [result for result, _ in found.values()]
+    writer.done({"block": index, "layers": [asdict(result) for result in results]}, [result.name for result in results])
+    return found
+
+
+def pass_block(job: Job, solver: BlockSolver, writer: Writer, index: int, entry: dict) -> Found:
+    """Past a block that an interrupted run has quantized."""
+    block, prefix = job.load(index), job.prefix(index)
+    results = {layer["name"]: LayerResult(**layer) for layer in entry["layers"]}
+    found: Found = {}
+    for name in (prefix + n for n in models.find_linears(block)):
+        if (result := results.get(job.weights.stored_name(name))) is not None:
+            spec = job.plan.specs[name]
+            found[name] = result, writer.read_linear(result.name, spec, job.recipe.checkpoint_format)
+    order = {result.name: i for i, result in enumerate(results.values())}
+    found = dict(sorted(found.items(), key=lambda item: order[item[1][0].name]))
+    weights = {name.removeprefix(prefix): dequantize(q, job.plan.specs[name]) for name, (_, q) in found.items()}
+    solver.advance(index, block, job.load(index) if solver.original else None, weights)
+    return found
 
 
 class Streams(NamedTuple):
@@ -105,21 +160,27 @@ def start_streams(job: Job, tokens: torch.Tensor) -> Streams:
     )
 
 
-def tune(job: Job, streams: Streams, quantized: dict[str, Quantized], step: Callable[[str], None]) -> endtoend.Tuned:
-    """Scales of the whole model, tuned end to end."""
-    return endtoend.tune_scales(
+def tune(
+    job: Job, streams: Streams, codes: dict[str, Quantized], writer: Writer, step: Callable[[str], None]
+) -> dict[str, float]:
+    """Tune the scales of the whole model end to end and write them down; returns Report.tuning."""
+    tuned = endtoend.tune_scales(
         job.empty,
         job.blocks,
         job.blocks_name,
         job.weights,
         streams.start,
         streams.original.hidden,
-        quantized,
+        codes,
         job.plan.specs,
         job.dtype,
         job.scale_dtypes,
         step_done=step,
     )
+    for name, q in codes.items():
+        q = q._replace(scales=tuned.scales[name])
+        writer.add_linear(job.weights.stored_name(name), q, job.plan.specs[name], job.recipe.checkpoint_format)
+    return {"held_out_kl_before": tuned.before, "held_out_kl_after": tuned.after}
 
 
 def version() -> str:

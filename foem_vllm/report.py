@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
@@ -47,6 +47,12 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, float] | None = None
     model: str = ""
+
+    @classmethod
+    def from_json(cls, content: dict) -> Report:
+        """What `to_json` made, but for the environment and what follows from the layers."""
+        kept = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        return cls(**{**kept, "layers": [LayerResult(**layer) for layer in content["layers"]]})
 
     def to_json(self) -> dict:
         import transformers

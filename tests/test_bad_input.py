@@ -166,7 +166,7 @@ def test_disk_full_while_saving(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_leaves_nothing(tmp_path):
+def test_a_run_killed_before_its_first_block_leaves_nothing(tmp_path):
     """SIGTERM once the hidden folder is there: it goes away, and the target never appears."""
     command = [sys.executable, "-m", "foem_vllm.cli", "quantize", str(TINYLM), str(tmp_path / "out"), "-q"]
     process = subprocess.Popen([*command, "--calibration", str(CALIBRATION), "--samples", "128", "--seq-len", "256"])
@@ -179,7 +179,7 @@ def test_a_killed_run_leaves_nothing(tmp_path):
 
 
 def test_disk_too_small_is_noticed_before(llama, tmp_path):
-    from foem_vllm.checkpoint import check_space
+    from foem_vllm.writer import check_space
 
     with pytest.raises(FoemError, match="free, but the checkpoint needs about"):
         check_space(tmp_path / "out", 1 << 60)
