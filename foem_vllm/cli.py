@@ -61,6 +61,10 @@ def quantize(
     ] = None,
     method: Annotated[str | None, method_option(help=f"As in its paper, nothing more: {' | '.join(METHODS)}")] = None,
     bits: Annotated[int, method_option(help="2, 3, 4 or 8.")] = DEFAULTS.bits,
+    bits_per_weight: Annotated[
+        float | None,
+        method_option(help="Bits chosen for each linear, where they lose least; so many on average, scales included (3.5)."),
+    ] = None,
     group_size: GroupSize = DEFAULTS.group_size,
     asym: Annotated[bool, method_option("--asym", help="Asymmetric grid, with zero points.")] = False,
     act_order: Annotated[
@@ -149,6 +153,7 @@ def quantize(
         correct=correct,
         guided=guided,
         finetune_scales=finetune_scales,
+        bits_per_weight=bits_per_weight,
     )
     report = run_quantize(model, out, config, progress=not quiet, resume=resume)
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]
@@ -159,6 +164,12 @@ def quantize(
     if not quiet:
         from foem_vllm.checkpoint import storage
 
+        if report.chosen_bits:
+            from rich.console import Console
+
+            from foem_vllm.report import bits_table
+
+            Console().print(bits_table(report.chosen_bits))
         size = storage(out)
         print(
             f"{out}: {len(report.layers)} linears, {size['bits_per_weight']:.2f} bits per weight, {size['bytes'] / 1e6:.1f} MB, "

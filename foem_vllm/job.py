@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from foem_vllm import calibration, experts, models, plan
+from foem_vllm import budget, calibration, experts, models, plan
 from foem_vllm.errors import FoemError
 from foem_vllm.format import FormatConfig
 from foem_vllm.recipe import QuantizeConfig, Recipe, resolve
@@ -60,10 +61,12 @@ class Job:
         return json.loads((self.folder / "config.json").read_text("utf-8"))
 
     def format_config(self, meta: dict) -> FormatConfig:
-        """The quantization config of the checkpoint, with rules for what differs from the recipe's spec."""
+        """The quantization config of the checkpoint: how most linears are quantized, with rules for the others."""
         linears = set(map(self.weights.stored_name, plan.linear_names(self.blocks_name, self.blocks)))
-        dynamic = experts.exclusion_rules(self.plan.excluded(linears)) or None
-        return FormatConfig(self.recipe.spec, self.recipe.checkpoint_format, False, dynamic, meta)
+        usual = Counter(self.plan.specs.values()).most_common(1)[0][0]
+        dynamic = experts.exclusion_rules(self.plan.excluded(linears))
+        dynamic |= budget.rules({self.weights.stored_name(name): spec for name, spec in self.plan.specs.items()}, usual)
+        return FormatConfig(usual, self.recipe.checkpoint_format, False, dynamic or None, meta)
 
     def tokens(self) -> torch.Tensor:
         """[samples, seq_len] tokens of the configured text, checked against the model's context and vocabulary."""
@@ -83,6 +86,9 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     experts.separate(empty, weights)
     blocks_name, blocks = models.find_blocks(empty)
     planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights)
+    if recipe.bits_per_weight is not None:
+        shapes = {name: empty.get_submodule(name).weight.shape for name in planned.specs}
+        budget.check([(spec, *shapes[name]) for name, spec in planned.specs.items()], recipe.bits_per_weight)
     scale_dtypes = (torch.float16, torch.bfloat16) if stored == torch.bfloat16 else (torch.float16,)
     return Job(config, recipe, folder, hf_config, weights, empty, blocks_name, blocks, planned, device, dtype, scale_dtypes)
 

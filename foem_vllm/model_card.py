@@ -44,11 +44,12 @@ before you publish it.
 def model_card(report: dict) -> str:
     """Markdown. report: see checkpoint.read_report."""
     recipe, storage = report["recipe"], report["storage"]
+    widths = sorted({layer["bits"] for layer in report["layers"]})
     preset = f"preset {recipe['preset']} of method" if "preset" in recipe else "method"
     return PAGE.format(
-        front=front_matter(report.get("model", ""), recipe["bits"]),
+        front=front_matter(report.get("model", ""), widths),
         name=plain(report.get("model", "").split("/")[-1] or "A model"),
-        bits=recipe["bits"],
+        bits=" and INT".join(map(str, widths)),
         megabytes=storage["bytes"] / 1e6,
         bits_per_weight=storage["bits_per_weight"],
         linears=len(report["layers"]),
@@ -61,14 +62,14 @@ def model_card(report: dict) -> str:
     )
 
 
-def front_matter(source: str, bits: int) -> str:
+def front_matter(source: str, widths: list[int]) -> str:
     """YAML; JSON is YAML, and quotes what needs it. base_model only where the model has a hub name."""
     base = {"base_model": source, "base_model_relation": "quantized"} if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else {}
     content = {
         **base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["gptq", f"{bits}-bit", "foem"],
+        "tags": ["gptq", *(f"{bits}-bit" for bits in widths), "foem"],
     }
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in content.items())
 

@@ -25,6 +25,7 @@ from foem_vllm.format import dequantize
 from foem_vllm.job import Job, prepare
 from foem_vllm.recipe import QuantizeConfig
 from foem_vllm.report import REPORT_FILE, LayerResult, Report, source_name
+from foem_vllm.sensitivity import choose_bits
 from foem_vllm.spec import Quantized
 from foem_vllm.stream import BlockInputs, record_inputs
 from foem_vllm.writer import Writer, check_output, differences
@@ -56,8 +57,13 @@ def quantize(
         tokens = job.tokens() if job.recipe.solver else None
         if tokens is not None:
             report.recipe["calibration_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-        writer.open(identity(job, report), job.tensors(), resume)
         streams = Streams() if tokens is None else start_streams(job, tokens)
+        if job.recipe.bits_per_weight is not None:
+            step("choosing bits")
+            begun = time.perf_counter()
+            report.chosen_bits = choose_bits(job, streams.inputs)
+            report.seconds["choosing bits"] = time.perf_counter() - begun
+        writer.open(identity(job, report), job.tensors(), resume)
         guidance = None
         if job.recipe.guided:
             step("gradients")

@@ -44,6 +44,8 @@ class QuantizeConfig:
     form: of the first-order term. act_order, grid, refit, descent: see QuantSpec and SolverConfig. correct: strength of the
     corrected target, 0 to 1 or "auto". guided: tokens weighted by the task loss. finetune_scales: tuned end to end (endtoend).
 
+    bits_per_weight: what the quantized linears may take on average, scales included; bits are then chosen for each (sensitivity).
+
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
     """
@@ -75,12 +77,14 @@ class QuantizeConfig:
     correct: float | str | None = None
     guided: bool | None = None
     finetune_scales: bool | None = None
+    bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A QuantizeConfig with every default filled in. solver: None for RTN. auto: which of alpha, beta and damping are chosen per
-    layer. correct: None for fitted. stated: what decides the result, for the report, the model card and meta.foem."""
+    layer. correct: None for fitted. stated: what decides the result, for the report, the model card and meta.foem.
+    bits_per_weight: within which bits are chosen for every linear; None: spec says them."""
 
     spec: QuantSpec
     solver: SolverConfig | None
@@ -91,6 +95,7 @@ class Recipe:
     grid: str
     checkpoint_format: str
     stated: dict
+    bits_per_weight: float | None = None
 
     @property
     def needs_original(self) -> bool:
@@ -124,9 +129,10 @@ def resolve(config: QuantizeConfig) -> Recipe:
         raise FoemError(f"--grid {chosen['grid']} is unknown; choose one of {', '.join(GRIDS)}")
     if terms is None:
         options = {"act_order": "--act-order", "damping": "--damp", "finetune_scales": "--finetune-scales"}
-        for name in ("act_order", "refit", "descent", "correct", "damping", "guided", "finetune_scales"):
+        options["bits_per_weight"] = "--bits-per-weight"
+        for name in ("act_order", "refit", "descent", "correct", "damping", "guided", "finetune_scales", "bits_per_weight"):
             option = options.get(name, f"--{name}")
-            if getattr(config, name) not in (None, PLAIN[name]):
+            if getattr(config, name) not in (None, PLAIN.get(name)):
                 raise FoemError(f"{option} has no meaning for --method rtn, which rounds every weight by itself; leave it away")
     for name in ("alpha", "beta", "damping", "correct"):
         value = chosen[name]
@@ -146,6 +152,8 @@ def resolve(config: QuantizeConfig) -> Recipe:
     if checkpoint_format == "gptq" and not config.symmetric:
         raise FoemError("--format gptq cannot hold every asymmetric zero point; use gptq_v2")
     stated = {**asdict(config), "preset": preset, **chosen}
+    if config.bits_per_weight is not None:
+        stated["bits"] = None  # no single number
     if terms is None:
         stated |= dict.fromkeys(
             (
@@ -164,7 +172,7 @@ def resolve(config: QuantizeConfig) -> Recipe:
         )
         return Recipe(spec, None, (), 0.0, False, False, chosen["grid"], checkpoint_format, _tidy(stated))
     auto = tuple(name for name in ("alpha", "beta", "damping") if chosen[name] == AUTO)
-    if (auto or chosen["correct"] == AUTO) and config.samples < 2:
+    if (auto or chosen["correct"] == AUTO or config.bits_per_weight is not None) and config.samples < 2:
         raise FoemError(f"--samples {config.samples}: choosing on held-out text needs at least 2 sequences")
     start = {"alpha": 0.0, "beta": 0.0, "damping": PLAIN["damping"]}
     start |= {name: chosen[name] for name in start if name not in auto}
@@ -173,7 +181,9 @@ def resolve(config: QuantizeConfig) -> Recipe:
     )
     correct = None if chosen["correct"] == AUTO else float(chosen["correct"])
     guided, tuned = bool(chosen["guided"]), bool(chosen["finetune_scales"])
-    return Recipe(spec, solver, auto, correct, guided, tuned, chosen["grid"], checkpoint_format, _tidy(stated))
+    return Recipe(
+        spec, solver, auto, correct, guided, tuned, chosen["grid"], checkpoint_format, _tidy(stated), config.bits_per_weight
+    )
 
 
 def _tidy(stated: dict) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import platform
+import re
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -39,7 +40,7 @@ class LayerResult:
 class Report:
     """layers: in the order they were solved. skipped: parameters left unquantized, with the reason. seconds: wall time.
     tuning: KL(original || quantized) on calibration text that the scales were not tuned on, before and after, nats a token.
-    model: what was quantized, see `source_name`."""
+    model: what was quantized, see `source_name`. chosen_bits: see `sensitivity.choose_bits`, None where nothing was to choose."""
 
     recipe: dict
     layers: list[LayerResult] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, float] | None = None
     model: str = ""
+    chosen_bits: dict | None = None
 
     @classmethod
     def from_json(cls, content: dict) -> Report:
@@ -73,6 +75,7 @@ class Report:
             "environment": environment,
             "seconds": self.seconds,
             "tuning": self.tuning,
+            "chosen_bits": self.chosen_bits,
             "by_kind": by_kind(self.layers),
             "tokens_of_experts": coverage({layer.name: layer.tokens for layer in self.layers}),
             "layers": [asdict(layer) for layer in self.layers],
@@ -128,6 +131,28 @@ def kind_table(kinds: dict[str, dict]):
             *counts,
             "-" if gain is None else f"{gain:.1%}",
         )
+    return table
+
+
+def bits_table(chosen: dict):
+    """A rich table of the bits that were chosen (`Report.chosen_bits`): a row a block, a column for linears that share them."""
+    from rich.table import Table
+
+    blocks: dict[str, dict[str, str]] = {}
+    for group in chosen["groups"]:
+        number = re.search(r"\.(\d+)\.", group["linears"][0])
+        kind = ", ".join(name.rpartition(".")[2] for name in group["linears"])
+        bits = str(group["bits"])
+        blocks.setdefault(number[1] if number else "-", {})[kind] = bits
+    kinds = list(dict.fromkeys(kind for row in blocks.values() for kind in row))
+    one = chosen["one_width"]
+    beside = f"; {one['expected_kl']:.4f} with {one['bits']} bits everywhere" if one else ""
+    title = f"bits: {chosen['bits_per_weight']:.4f} a weight, expected KL {chosen['expected_kl']:.4f} nats a token{beside}"
+    table = Table(title=title, title_justify="left")
+    for column in ("block", *kinds):
+        table.add_column(column, justify="right", overflow="fold")
+    for number, row in blocks.items():
+        table.add_row(number, *(row.get(kind, "-") for kind in kinds))
     return table
 
 
