@@ -62,7 +62,7 @@ def measure(job: Job, inputs: BlockInputs) -> list[budget.Group]:
     In memory: moments of all inputs of one block, and what `endtoend.guide` keeps.
     """
     judge = min(len(inputs.hidden), FOLDS) - 1
-    judging = BlockInputs(inputs.hidden[judge::FOLDS], inputs.calls)
+    judging = BlockInputs([inputs.hidden[b] for b in range(judge, len(inputs.hidden), FOLDS)], inputs.calls)
     squares = endtoend.guide(job.empty, job.blocks, job.blocks_name, job.weights, judging, job.dtype)
     tokens = sum(h.shape[:-1].numel() for h in judging.hidden)
     stream, found = inputs.fork(), {}
