@@ -31,8 +31,8 @@ def single_rank():
         cleanup_dist_env_and_memory()
 
 
-def fused_layer(specs, tensors_of, checkpoint_format="gptq"):
-    """A gate_up_proj of 2 x N outputs and K inputs, made and loaded by vLLM; tensors_of(i): {key: tensor} of shard i."""
+def empty_layer(specs, checkpoint_format="gptq"):
+    """A gate_up_proj of 2 x N outputs and K inputs, made by vLLM."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
     config = FoemConfig(FormatConfig(QuantSpec(), checkpoint_format))
     config.modules = {f"mlp.{name}": spec for name, spec in zip(FUSED["gate_up_proj"], specs) if spec}
@@ -40,6 +40,12 @@ def fused_layer(specs, tensors_of, checkpoint_format="gptq"):
     layer = MergedColumnParallelLinear(K, [N, N], bias=True, params_dtype=torch.bfloat16, quant_config=config,
                                        prefix="mlp.gate_up_proj")
     assert isinstance(layer.quant_method, FoemLinearMethod)
+    return layer
+
+
+def fused_layer(specs, tensors_of, checkpoint_format="gptq"):
+    """The same, loaded; tensors_of(i): {key: tensor} of shard i."""
+    layer = empty_layer(specs, checkpoint_format)
     for shard in range(2):
         for key, tensor in tensors_of(shard).items():
             param = getattr(layer, key)
@@ -188,6 +194,21 @@ def test_zero_points_out_of_range(single_rank):
     spec = QuantSpec(4, 32, False)
     with pytest.raises(FoemError, match="mlp.up_proj.qzeros holds 15.*zero point 16, out of range.*gptq_v2"):
         fused_layer(*edited(lambda t: t["qzeros"][1, 2:3].fill_(0x333333F3), spec))
+
+
+def test_loading_a_second_time_is_refused(single_rank):
+    """vLLM's own way of reloading: its loaders come back, but what the kernel laid out cannot be taken apart."""
+    from vllm.model_executor.model_loader.reload import layerwise
+    tensors = shard_tensors(QuantSpec(4, 32), 0)[0]
+    layer = empty_layer([QuantSpec(4, 32)] * 2)
+    layerwise.record_metadata_for_reloading(layer)
+    for shard in range(2):
+        for key, tensor in tensors.items():
+            getattr(layer, key).weight_loader(getattr(layer, key), tensor, shard)
+    layer.quant_method.process_weights_after_loading(layer)
+    layerwise.initialize_layerwise_reload(layer)
+    with pytest.raises(FoemError, match=r"mlp.gate_up_proj.qweight: .* sleep level 2\); start the server again"):
+        layer.qweight.weight_loader(layer.qweight, tensors["qweight"], 0)
 
 
 def test_forced_kernel_that_cannot_run(single_rank, monkeypatch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import foem_kernels
@@ -73,7 +74,7 @@ class Arrived:
 
     def quantized(self, checkpoint_format: str) -> Quantized:
         found = symmetric_format(self.tensors["qzeros"], self.spec) if self.spec.symmetric else None
-        if found not in (None, checkpoint_format):
+        if found is not None and (found == "gptq_v2") != (checkpoint_format == "gptq_v2"):
             say_relabelled(checkpoint_format, found)
             checkpoint_format = found
         return assemble(self.tensors, self.spec, checkpoint_format, self.share, self.name)
@@ -105,7 +106,7 @@ class FoemLinearMethod(compat.LinearMethodBase):
     def __init__(self, specs: dict[str, QuantSpec | None], checkpoint_format: str, name: str):
         self.names, self.specs = list(specs), list(specs.values())
         self.checkpoint_format, self.name = checkpoint_format, name
-        self.arrived: dict[Any, Arrived] = {}
+        self.arrived: dict[Any, Arrived] | None = {}  # None: everything came and was laid out
 
     def create_weights(
         self,
@@ -130,15 +131,29 @@ class FoemLinearMethod(compat.LinearMethodBase):
         for key in (*TENSORS, "weight"):
             if key == "weight" and None not in self.specs:
                 continue
-            param = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-            param.weight_loader = functools.partial(self.load, layer, key, extra["weight_loader"])
+            # vLLM warns of every tensor that its parameter could not hold exactly.
+            dtype = self.dtype if key == "weight" else torch.float32 if key == "scales" else torch.int32
+            param = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            param.weight_loader = self.loader(layer, key, extra["weight_loader"])
             if key != "g_idx":
                 param.output_dim = int(key != "weight")  # models that store fused modules in another order rearrange it
             layer.register_parameter(key, param)
 
-    def load(self, layer, key: str, route, param, loaded: torch.Tensor, shard=None, **kwargs) -> None:
+    def loader(self, layer, key: str, route) -> Callable:
+        """The loader of one parameter: a function with a name, because vLLM's reloading asks for it."""
+
+        def load(param, loaded, shard=None, **kwargs):
+            self.load(layer, key, route, loaded, kwargs.get("loaded_shard_id", shard))
+
+        return load
+
+    def load(self, layer, key: str, route, loaded: torch.Tensor, shard) -> None:
         """Keep this rank's part of a stored tensor. route: vLLM's loader. Raises FoemError naming a tensor that is wrong."""
-        shard = kwargs.pop("loaded_shard_id", shard)
+        if self.arrived is None:
+            raise FoemError(
+                f"{self.name}.{key}: its weights were laid out for the kernel already and cannot be loaded once more "
+                "(reload_weights, sleep level 2); start the server again"
+            )
         if shard not in self.arrived:
             self.arrived[shard] = self.expect(layer, route, shard)
         arrived = self.arrived[shard]
@@ -149,7 +164,7 @@ class FoemLinearMethod(compat.LinearMethodBase):
                 f"{'unquantized' if spec is None else f'{spec.bits}-bit'}; config.json belongs to other weights"
             )
         if spec is not None:
-            taken = take(key, loaded, spec, share, arrived.name)
+            taken = take(key, loaded, spec, share, arrived.name, self.checkpoint_format)
         elif tuple(loaded.shape) != (share.n, share.k):
             raise FoemError(
                 f"{arrived.name}.weight is {list(loaded.shape)} in the checkpoint, but the model's config.json makes it "
@@ -178,7 +193,7 @@ class FoemLinearMethod(compat.LinearMethodBase):
     def process_weights_after_loading(self, layer) -> None:
         """Check, unpack, lay out for a kernel, free the parameters. Raises FoemError naming the tensor that is wrong."""
         pieces = self.complete()
-        self.arrived = {}
+        self.arrived = None
         groups: list[tuple[QuantSpec | None, list, int, int]] = []
         begin = 0
         for piece in pieces:
