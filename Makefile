@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ peers-matrix: setup  ## serve GPTQModel's and AutoRound's checkpoints of every f
 
 families: setup      ## small models of every family: quantize, serve, compare with transformers (continues where it stopped)
 	$(RUN) eval/families.py $(ARGS)
+
+versions: setup      ## the tests of serving against vLLM 0.31 and 0.32, each in an environment of its own (5 GB in out/)
+	$(RUN) tools/versions.py $(ARGS)
 
 peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
 	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)

