@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 import torch
+from serving import answers, client, dense, folders, one_by_one, prompts, server  # noqa: F401  (fixtures of several modules)
 from tiny_models import TINYLM
 
 
