@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from foem_vllm.format import FormatConfig, Quantized, QuantSpec, dequantize, pack
 from foem_vllm.integrity import file_digest
 
+LINEARS = ("_proj", ".w1", ".w2", ".w3", ".query_key_value", ".dense", ".dense_h_to_4h", ".dense_4h_to_h")  # ends of their names
+
 
 def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1, order: int = 0) -> Quantized:
     """w [N, K] -> codes, fp16 scales, zeros of at least `smallest_zero`; act_order "full" permutes groups over K, by `order`."""
@@ -54,7 +56,7 @@ def write_rtn_checkpoint(src: pathlib.Path, out: pathlib.Path, spec: QuantSpec, 
     stored, dense = {}, {}
     for name, w in tensors.items():
         module = name.removesuffix(".weight")
-        linear = module.endswith(("_proj", ".w1", ".w2", ".w3")) or (lm_head and module == "lm_head")
+        linear = module.endswith(LINEARS) or (lm_head and module == "lm_head")
         chosen = rules.spec_for(module) if linear else None
         if chosen is None:
             stored[name], dense[name] = w, w.float()

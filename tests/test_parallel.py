@@ -11,9 +11,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "eval"))
 
+import parallel  # noqa: E402
+import parallel_forms  # noqa: E402
 from checkpoints import write_rtn_checkpoint  # noqa: E402
 from parallel_layers import FORMS, SHAPES, checkpoint, inputs, outputs  # noqa: E402
 from tiny_models import write_model  # noqa: E402
@@ -63,62 +67,47 @@ def test_two_ranks_and_one_agree_with_float64(form, alone, two_ranks):
             assert bool(((joined(form, module, ranks).double() - exact).abs() <= room).all()), (module, len(ranks))
 
 
-MIXED = {r".*layers\.1\.": {"desc_act": True, "group_size": 32}, r".*layers\.2\.": {"bits": 3, "group_size": 64},
-         r".*layers\.3\.": {"bits": 2, "group_size": 16, "desc_act": True}, r".*layers\.4\.": {"bits": 8, "group_size": -1},
-         r".*layers\.5\..*(q|gate)_proj": {"bits": 8}, r"-:.*layers\.5\..*v_proj": {}}  # fmt: skip
+FORMS_AT_ONCE = "odd-v2"  # one head of keys, groups and words that ranks cut, a quantized head, zero points of 0
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
-    """A checkpoint whose layers are all the forms, and one as tools of 2023 wrote it."""
+def work(tmp_path_factory) -> pathlib.Path:
+    """A checkpoint whose layers are all the forms, and `old`, one as tools of 2023 wrote it."""
     root = tmp_path_factory.mktemp("parallel")
-    sizes = dict(hidden_size=192, num_hidden_layers=6, head_dim=64, num_attention_heads=4, num_key_value_heads=1,
-                 intermediate_size=216, tie_word_embeddings=False)
-    models = write_model(root / "qwen3", "qwen3", **sizes), write_model(root / "llama", "llama", head_dim=32)
-    mixed = write_rtn_checkpoint(models[0], root / "mixed", QuantSpec(4, 128, False), "gptq_v2", lm_head=True, dynamic=MIXED)
-    old = write_rtn_checkpoint(models[1], root / "old", QuantSpec(4, 32, False, "full"))
+    parallel_forms.write(root / FORMS_AT_ONCE, parallel_forms.MODELS[FORMS_AT_ONCE])
+    model = write_model(root / "llama", "llama", head_dim=32)
+    old = write_rtn_checkpoint(model, root / "old", QuantSpec(4, 32, False, "full"))
     config = json.loads((old / "config.json").read_text())
     del config["quantization_config"]
     (old / "config.json").write_text(json.dumps(config))
     (old / "quantize_config.json").write_text(json.dumps({"wbits": 4, "groupsize": 32}))  # neither desc_act nor sym
     (old / "model.safetensors").rename(old / "gptq_model-4bit-32g.safetensors")
-    return mixed, old
+    save_file({"texts": parallel.token_ids()}, root / "tokens.safetensors")
+    return root
 
 
 @pytest.fixture(scope="module")
-def answers(folders, tmp_path_factory) -> list[dict]:
+def answers(work) -> list[dict]:
     """The first by one process and by two, the second by one."""
-    mixed, old = map(str, folders)
-    jobs = [{"model": model, "quantization": "foem", "dtype": "float32", "max_model_len": 128, **parallel}
-            for model, parallel in ((mixed, {}), (old, {}), (mixed, {"tensor_parallel_size": 2}))]
-    asked = {"prompts": ["The weights of a", "In the beginning"], "max_tokens": 16,
-             "texts": ["A tensor is an array of numbers that is indexed by several integers, and so on."]}
-    out = tmp_path_factory.mktemp("answers") / "out"
-    done = subprocess.run([sys.executable, str(HERE / "offline_llm.py"), json.dumps(jobs), json.dumps(asked), str(out)],
-                          env=ENV, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    alone, old = parallel.serve([FORMS_AT_ONCE, "old"], work, "float32", 1)
+    two = parallel.serve([FORMS_AT_ONCE], work, "float32", 2)[0]
+    for answer in (alone, two, old):
+        assert "refused" not in answer, answer["refused"]
+    return [alone, two, old]
 
 
-def same_as_transformers(folder: pathlib.Path, answer: dict) -> bool:
-    """In float32, where only the order of sums differs: log-probabilities of a text equal to three digits behind the point."""
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
-    for ids, logprobs in zip(answer["texts"], answer["logprobs"]):
-        with torch.no_grad():
-            exact = model(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        assert float(exact.std()) > 0.5  # or equality would mean little
-        if float((torch.tensor(logprobs) - exact).abs().max()) > 1e-3:
-            return False
-    return True
+def test_engines_of_one_and_two_processes_compute_every_form_as_transformers(work, answers):
+    """Layer by layer on the same input, log-probabilities, greedy tokens; bounds of rounding: eval/parallel.py."""
+    alone, two, _ = answers
+    row = parallel.compare(parallel_forms.MODELS[FORMS_AT_ONCE], work / FORMS_AT_ONCE, {"float32": {1: alone, 2: two}},
+                           parallel.token_ids())
+    assert row["equal"], {ranks: {form: (far, parallel.room("float32", row["cancellation"][form])) for form, far in found.items()}
+                          for ranks, found in row["float32"]["layers"].items()}
 
 
-def test_engines_of_one_and_two_processes_agree_with_transformers(folders, answers):
-    alone, _, parallel = answers
-    assert same_as_transformers(folders[0], alone) and same_as_transformers(folders[0], parallel)
-    assert parallel["greedy"] == alone["greedy"]
-
-
-def test_checkpoint_of_an_old_tool(folders, answers):
+def test_checkpoint_of_an_old_tool(work, answers):
     """quantize_config.json alone, old names of keys, an activation order and zero points that only the tensors tell of."""
-    assert same_as_transformers(folders[1], answers[1])
+    ids = parallel.token_ids()
+    exact = parallel.logprobs(parallel.load(work / "old", torch.float32), ids)
+    assert float(exact.std()) > 0.5  # or equality would mean little
+    assert float((torch.tensor(answers[2]["logprobs"]) - exact).abs().max()) < 1e-4

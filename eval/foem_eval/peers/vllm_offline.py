@@ -3,10 +3,11 @@
     python vllm_offline.py FOLDER OUT OPTIONS NAME...
 
 FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM,
-but for `new_tokens` (1). Writes OUT/NAME.json: `logprobs` of every token of the texts given those before it, `greedy` tokens that
-follow, or `refused` with the error; {} as long as it is at work, so that is left where the process died of a checkpoint. The only
-module of foem_eval that imports vLLM: it is always run as a process of its
-own.
+but for `new_tokens` (1) and `streams` (false). Writes OUT/NAME.json: `logprobs` of every token of the texts given those before
+it, `greedy` tokens that follow, or `refused` with the error; {} as long as it is at work, so that is left where the process died
+of a checkpoint. With `streams` also OUT/NAME.safetensors: `streams` float32 [blocks + 1, length, hidden], the residual stream of
+the first text before the first decoder block and behind every one. The only module of foem_eval that imports vLLM: it is always
+run as a process of its own.
 """
 from __future__ import annotations
 
@@ -18,18 +19,41 @@ import sys
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
 
-from safetensors.torch import load_file  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 
-def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]]) -> dict[str, list]:
+def watch(model: torch.nn.Module) -> None:
+    """Keep the streams of every forward pass, until the next one, in `model.streams`."""
+    def before(_, arguments):
+        model.streams = [arguments[1].float().clone()]  # (positions, hidden states, ...), which may be computed in place
+
+    def behind(_, arguments, outputs):
+        model.streams.append(sum(part.float() for part in (outputs if isinstance(outputs, tuple) else (outputs,))))
+
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks[0].register_forward_pre_hook(before)
+    for block in blocks:
+        block.register_forward_hook(behind)
+
+
+def streams(model: torch.nn.Module) -> torch.Tensor:
+    return torch.stack(model.streams)
+
+
+def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]], record: pathlib.Path) -> dict[str, list]:
     options = dict(options)
-    new_tokens = options.pop("new_tokens", 1)
+    new_tokens, watched = options.pop("new_tokens", 1), options.pop("streams", False)
     length = len(texts[0]) + new_tokens + 7
     llm = LLM(str(checkpoint), enforce_eager=True, max_model_len=length, max_num_seqs=len(texts), seed=0,
               max_num_batched_tokens=len(texts) * length, num_gpu_blocks_override=8 * len(texts), **options)
     asked = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in texts], asked, use_tqdm=False)
+    if watched:
+        llm.apply_model(watch)
+        llm.generate([{"prompt_token_ids": texts[0]}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        save_file({"streams": llm.apply_model(streams)[0]}, record)
     return {"logprobs": [[chances[token].logprob for token, chances in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
                          for o in outputs], "greedy": [list(o.outputs[0].token_ids) for o in outputs]}
 
@@ -48,7 +72,7 @@ def main() -> None:
         result = out / f"{name}.json"
         result.write_text("{}")
         try:
-            found = serve(folder / name, options, texts)
+            found = serve(folder / name, options, texts, out / f"{name}.safetensors")
         except Exception as error:  # whatever it is, it is why vLLM does not serve this checkpoint
             found = {"refused": reason(error)}
         result.write_text(json.dumps(found))
