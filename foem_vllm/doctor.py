@@ -135,8 +135,8 @@ def examine(
 
     device: "cpu", "cuda", or a GPU's architecture such as "sm_90", which need not be here; default: a GPU where there is one.
     memory: bytes for one rank; default: what the device has. expert_parallel: ranks hold whole experts, not a part of each.
-    `ours` and `stock` (whether each serves it, and why not), `layers` and `memory` are None unless it is a GPTQ checkpoint. Raises NotACheckpoint when there is nothing to examine, FoemError on
-    impossible options.
+    `ours` and `stock` (whether each serves it, and why not), `layers` and `memory` are None unless it is a GPTQ checkpoint.
+    Raises NotACheckpoint when there is nothing to examine, FoemError on impossible options.
     """
     device = check_device(device)
     if tensor_parallel_size < 1:
@@ -165,7 +165,7 @@ def examine_gptq(content: Content, asked: Asked, findings: list[Finding], notes:
     layers, modules = [], {}
     with collected(findings):
         config = FormatConfig.from_json(content.quantization, "config.json")
-        if config.checkpoint_format == "gptq" and not config.spec.symmetric:
+        if config.zero_format == "gptq" and not config.spec.symmetric:
             notes.append(UNSAYABLE)
         modules, layers, wrong = layers_of(content, config, asked)
         findings += wrong

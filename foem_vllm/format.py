@@ -29,6 +29,7 @@ from foem_vllm.errors import FoemError
 from foem_vllm.spec import Quantized, QuantSpec, group_index
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+GPTQMODEL = "gptq of GPTQModel"  # version 1 by GPTQModel: see `stored_zeros`
 PLANAR = "gptq_p"  # GPTQModel's layout in planes of bits; widths that divide a word have one plane, and are stored as version 2
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILES = ("config.json", "quantize_config.json")
@@ -96,7 +97,7 @@ def check(tensors: dict[str, torch.Tensor], spec: QuantSpec, checkpoint_format: 
     check_scales(tensors["scales"], name)
     if "g_idx" in tensors:
         check_g_idx(tensors["g_idx"], spec, name)
-    zero_points(unpack_bits(tensors["qzeros"].T, spec.bits, n), spec, checkpoint_format, name)
+    zero_points(stored_zeros(tensors["qzeros"], spec, checkpoint_format, n), spec, checkpoint_format, name)
 
 
 def check_shape(key: str, t: torch.Tensor, spec: QuantSpec, name: str, k: int, n: int) -> None:
@@ -119,13 +120,28 @@ def symmetric_format(stored: torch.Tensor, spec: QuantSpec) -> str | None:
     return next((kind for kind in CHECKPOINT_FORMATS if bool((stored == spec.mid - (kind == "gptq")).all())), None)
 
 
+def stored_zeros(words: torch.Tensor, spec: QuantSpec, checkpoint_format: str, n: int) -> torch.Tensor:
+    """uint8 [n, G] from qzeros [G, ceil(n*bits/32)]: as stored, but of GPTQMODEL the zero points themselves.
+
+    GPTQModel writes version 1 by subtracting 1 from every code of a word at once, so that zero point 0 borrows from the next one;
+    adding 1 to every code of the word gives them all back. Codes of 3 bits, which lie in two words, wrap one by one. Symmetric
+    zero points need none of this.
+    """
+    if checkpoint_format != GPTQMODEL or spec.symmetric:
+        return unpack_bits(words.T, spec.bits, n)
+    if 32 % spec.bits:
+        return (unpack_bits(words.T, spec.bits, n) + 1) & ((1 << spec.bits) - 1)
+    one = pack_bits(torch.ones(32 // spec.bits, 1, dtype=torch.uint8, device=words.device), spec.bits)
+    return unpack_bits(words.T + one, spec.bits, n)
+
+
 def zero_points(stored: torch.Tensor, spec: QuantSpec, checkpoint_format: str, name: str) -> torch.Tensor | None:
-    """Zero points uint8 from the stored values, of the same shape; None when `spec` is symmetric.
+    """Zero points uint8 from what `stored_zeros` gives, of the same shape; None when `spec` is symmetric.
 
     Raises FoemError when a symmetric spec has others than the symmetric one, and on what version 1 cannot say.
     """
     if spec.symmetric:
-        expected = spec.mid - (checkpoint_format == "gptq")
+        expected = spec.mid - (checkpoint_format != "gptq_v2")
         if (stored != expected).any():
             raise FoemError(
                 f"{name}.qzeros holds {int(stored[stored != expected][0])} where symmetric checkpoint_format "
@@ -160,7 +176,7 @@ def check_convention(
     offsets = sums / columns[held] - zeros[:, held].float()
     expected = 1.0 if checkpoint_format == "gptq_v2" else -1.0
     if offsets.numel() >= 64 and offsets.std() < 1.5 and abs(float(offsets.mean()) - expected) < 0.25:
-        other = next(kind for kind in CHECKPOINT_FORMATS if kind != checkpoint_format)
+        other = "gptq" if checkpoint_format == "gptq_v2" else "gptq_v2"
         raise FoemError(
             f"{name}.qzeros: zero points read as checkpoint_format {checkpoint_format!r} leave all weights off by one step "
             f"(their mean is {float(offsets.mean()):.2f} steps); they are stored as {other!r}: correct checkpoint_format in "
@@ -198,7 +214,7 @@ def unpack(
     n = tensors["scales"].shape[-1] if "scales" in tensors else tensors["qweight"].shape[1]
     check(tensors, spec, checkpoint_format, name, k, n)
     codes = unpack_bits(tensors["qweight"], spec.bits, k).T.contiguous()
-    zeros = zero_points(unpack_bits(tensors["qzeros"].T, spec.bits, n), spec, checkpoint_format, name)
+    zeros = zero_points(stored_zeros(tensors["qzeros"], spec, checkpoint_format, n), spec, checkpoint_format, name)
     g_idx = tensors.get("g_idx")
     if g_idx is not None and torch.equal(g_idx.cpu(), group_index(k, spec)):
         g_idx = None
@@ -214,6 +230,13 @@ class FormatConfig:
     lm_head: bool = False
     dynamic: dict | None = None
     meta: dict | None = None
+
+    @property
+    def zero_format(self) -> str:
+        """How zero points are stored, for those who read them: `checkpoint_format`, or GPTQMODEL."""
+        writers = self.meta.get("quantizer") if isinstance(self.meta, dict) else None
+        theirs = any(str(w).startswith("gptqmodel:") for w in (writers if isinstance(writers, list) else [writers]))
+        return GPTQMODEL if theirs and self.checkpoint_format == "gptq" else self.checkpoint_format
 
     def spec_for(self, module: str) -> QuantSpec | None:
         """The spec of the module called `module`, or None when a `dynamic` rule ("-:regex") excludes it.

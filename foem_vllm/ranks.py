@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from foem_vllm.bits import slice_bits, unpack_bits
-from foem_vllm.format import check_convention, check_g_idx, check_scales, check_shape, zero_points
+from foem_vllm.format import check_convention, check_g_idx, check_scales, check_shape, stored_zeros, zero_points
 from foem_vllm.serving import kernel_groups
 from foem_vllm.spec import Quantized, QuantSpec, group_index
 
@@ -25,18 +25,20 @@ class Share(NamedTuple):
     inputs: tuple[int, int]
 
 
-def take(key: str, stored: torch.Tensor, spec: QuantSpec, share: Share, name: str) -> torch.Tensor:
+def take(
+    key: str, stored: torch.Tensor, spec: QuantSpec, share: Share, name: str, checkpoint_format: str = "gptq"
+) -> torch.Tensor:
     """This share of the stored tensor `key` of a linear, in memory of its own. Raises FoemError naming a tensor that is wrong.
 
-    qweight: int32 [ceil(K*bits/32), N], K the share's inputs; qzeros: uint8 [G, N], as stored, of all groups; scales: [G, N];
-    g_idx: int32 [K], groups numbered as in the whole linear.
+    qweight: int32 [ceil(K*bits/32), N], K the share's inputs; qzeros: uint8 [G, N], as `stored_zeros`, of all groups; scales:
+    [G, N]; g_idx: int32 [K], groups numbered as in the whole linear.
     """
     check_shape(key, stored, spec, name, share.k, share.n)
     if key == "g_idx":
         check_g_idx(stored, spec, name)
         return stored[slice(*share.inputs)].clone()
     if key == "qzeros":
-        return unpack_bits(stored.T, spec.bits, share.n)[share.outputs].T.contiguous()
+        return stored_zeros(stored, spec, checkpoint_format, share.n)[share.outputs].T.contiguous()
     if key == "qweight":
         return slice_bits(stored, spec.bits, *share.inputs).index_select(1, share.outputs)
     check_scales(stored, name)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from foem_vllm.bits import pack_bits
 from foem_vllm.errors import FoemError
-from foem_vllm.format import dequantize, pack
+from foem_vllm.format import FormatConfig, dequantize, pack, unpack
 from foem_vllm.ranks import Regrouped, Share, assemble, joined, regroup, take
-from foem_vllm.serving import STEP, kernel_groups, rank_groups
+from foem_vllm.serving import STEP, expert_groups, kernel_groups, rank_groups
 from foem_vllm.spec import Quantized, QuantSpec, group_index
 
 N, K = 40, 200
@@ -77,6 +78,46 @@ def test_groups_for_kernels():
     assert kernel_groups([96, 64, 128]) == (32, 288)  # cut, nothing added
     assert kernel_groups([40, 40]) == (16, 96)  # filled up
     assert rank_groups(QuantSpec(4, 128), 192, 384) == (64, 192) and rank_groups(QuantSpec(4, -1), 192, 384) == (192, 192)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_as_gptqmodel_writes_them(bits):
+    """It subtracts one from all codes of a word at once, in integers of 32 bits; codes of three bits it wraps one by one."""
+    raw = {"bits": bits, "group_size": 32, "sym": False, "quant_method": "gptq"}
+    theirs = FormatConfig.from_json({**raw, "meta": {"quantizer": ["gptqmodel:7.7.0"]}})
+    plain = FormatConfig.from_json({**raw, "meta": {"quantizer": ["another:1"]}})
+    assert theirs.zero_format != plain.zero_format == theirs.checkpoint_format == "gptq"
+    q = random_linear(theirs.spec)
+    q.zeros[::3] = 0
+    stored = pack(q, theirs.spec, "gptq_v2")
+    if bits == 3:
+        stored["qzeros"] = pack_bits((q.zeros.int() - 1) % 8, 3).T.contiguous()
+    else:
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        words = [[(int(word) - ones + 2**31) % 2**32 - 2**31 for word in row] for row in stored["qzeros"]]
+        stored["qzeros"] = torch.tensor(words, dtype=torch.int32)
+    share = Share(N, K, torch.tensor([1, 0, 39, 9]), (0, K))
+    taken = {key: take(key, t, theirs.spec, share, "layer", theirs.zero_format) for key, t in stored.items()}
+    assert torch.equal(assemble(taken, theirs.spec, theirs.zero_format, share, "layer").zeros, q.zeros[share.outputs])
+    assert torch.equal(unpack(stored, theirs.spec, theirs.zero_format).zeros, q.zeros)
+    with pytest.raises(FoemError, match="out of range"):
+        unpack(stored, plain.spec, plain.zero_format)
+
+
+def test_symmetric_zero_points_of_gptqmodel_are_those_of_all():
+    config = FormatConfig(QuantSpec(4, 32), meta={"quantizer": "gptqmodel:7.7.0"})
+    stored = pack(random_linear(config.spec), config.spec)
+    assert unpack(stored, config.spec, config.zero_format).zeros is None
+    assert FormatConfig(QuantSpec(4, 32), "gptq_v2", meta=config.meta).zero_format == "gptq_v2"
+
+
+@pytest.mark.parametrize("counts,wanted", [
+    ([[128, 64], [64, 128]], (64, 192)), ([[256, 256]], (128, 512)), ([[96, 96]], (32, 192)), ([[40, 40], [24, 57]], (16, 96)),
+    ([[7]], (16, 16)), ([[48], [48]], (48, 48)), ([[16, 33], [48, 1]], (16, 64)), ([[512]], (512, 512)),
+])  # fmt: skip
+def test_groups_for_kernels_of_experts(counts, wanted):
+    """All experts alike; sizes that triton_moe takes, by whose tests 16, 32, 64, 128 and one group are all there is."""
+    assert expert_groups(counts) == wanted
 
 
 @pytest.mark.parametrize("key,change,said", [

@@ -108,7 +108,7 @@ class FoemConfig(compat.QuantizationConfig):
             specs = {}
         if not any(specs.values()):
             return None if head else compat.UnquantizedLinearMethod()
-        return FoemLinearMethod(specs, self.format_config.checkpoint_format, prefix)
+        return FoemLinearMethod(specs, self.format_config.zero_format, prefix)
 
     def experts_method(self, layer: torch.nn.Module, prefix: str):
         """The method of a layer's routed experts. Raises FoemError when they are not all quantized alike."""
@@ -120,4 +120,4 @@ class FoemConfig(compat.QuantizationConfig):
         specs = expert_specs(prefix, layer.moe_config.num_logical_experts, names, known)
         if specs is None:
             return compat.UnquantizedFusedMoEMethod(layer.moe_config)
-        return FoemMoEMethod(specs, self.format_config.checkpoint_format, prefix, layer.moe_config)
+        return FoemMoEMethod(specs, self.format_config.zero_format, prefix, layer.moe_config)

@@ -8,7 +8,7 @@ without a gate or with limits (gpt-oss), LoRA on experts, load balancing with re
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import torch
 from foem_kernels import moe
@@ -30,7 +30,7 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
     def __init__(self, specs: tuple[QuantSpec, QuantSpec], checkpoint_format: str, name: str, moe_config):
         super().__init__(moe_config)
         self.specs, self.checkpoint_format, self.name = specs, checkpoint_format, name
-        self.arrived: dict[tuple[int, str], Arrived] = {}  # (expert, vLLM's name of the shard)
+        self.arrived: dict[tuple[int, str], Arrived] | None = {}  # by expert and vLLM's name of the shard; None: laid out
 
     def create_weights(
         self,
@@ -58,9 +58,10 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         self.device, self.dtype = torch.empty(0).device, params_dtype
         for part in self.parts:
             for key in TENSORS:
-                self.register(layer, f"{part.stem}_{key}", functools.partial(self.load, layer, part, key))
+                dtype = torch.float32 if key == "scales" else torch.int32  # vLLM warns of what a parameter could not hold exactly
+                self.register(layer, f"{part.stem}_{key}", dtype, self.loader(layer, part, key))
             # Older writers store biases of zero for experts that have none, and vLLM passes over what has no parameter.
-            self.register(layer, f"{part.stem}_bias", self.zero_bias)
+            self.register(layer, f"{part.stem}_bias", torch.float32, self.zero_bias)
         try:
             self.kernel = moe.choose(*(part.problem(params_dtype, self.device.type) for part in self.parts))
         except ValueError as error:
@@ -89,8 +90,8 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         )
 
     @staticmethod
-    def register(layer, name: str, loader) -> None:
-        parameter = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    def register(layer, name: str, dtype: torch.dtype, loader: Callable) -> None:
+        parameter = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         parameter.weight_loader = loader
         layer.register_parameter(name, parameter)
 
@@ -99,16 +100,30 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         """The place among this rank's experts, -1 for an expert of another rank."""
         return layer._map_global_expert_id_to_local_expert_id(expert)
 
-    def load(self, layer, part: Part, key: str, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
-        """What vLLM calls with every expert's tensor: checks it whole, keeps this rank's part."""
-        if self.local(layer, expert_id) < 0:
-            return False if return_success else None
-        if (expert_id, shard_id) not in self.arrived:
-            name = f"{self.name}.{expert_id}.{dict(part.linears)[shard_id]}"
-            self.arrived[expert_id, shard_id] = Arrived(name, part.spec, part.share, part.share.outputs)
-        arrived = self.arrived[expert_id, shard_id]
-        arrived.tensors[key] = take(key, loaded_weight, part.spec, arrived.share, arrived.name).to(self.device)
-        return True if return_success else None
+    def loader(self, layer, part: Part, key: str) -> Callable:
+        """What vLLM calls with every expert's tensor: a function with a name, because vLLM's reloading asks for it."""
+
+        def load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+            here = self.local(layer, expert_id) >= 0
+            if here:
+                self.load(part, key, loaded_weight, shard_id, expert_id)
+            return here if return_success else None
+
+        return load
+
+    def load(self, part: Part, key: str, loaded: torch.Tensor, shard: str, expert: int) -> None:
+        """Keep this rank's part of a stored tensor. Raises FoemError naming a tensor that is wrong."""
+        if self.arrived is None:
+            raise FoemError(
+                f"{self.name}.{key}: its weights were laid out for the kernel already and cannot be loaded once more "
+                "(reload_weights, sleep level 2); start the server again"
+            )
+        arrived = self.arrived.setdefault((expert, shard), self.expected(part, expert, shard))
+        taken = take(key, loaded, part.spec, arrived.share, arrived.name, self.checkpoint_format)
+        arrived.tensors[key] = taken.to(self.device)
+
+    def expected(self, part: Part, expert: int, shard: str) -> Arrived:
+        return Arrived(f"{self.name}.{expert}.{dict(part.linears)[shard]}", part.spec, part.share, part.share.outputs)
 
     def zero_bias(self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
         if loaded_weight.any():
@@ -118,13 +133,12 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
     def complete(self, part: Part, expert: int) -> list[Arrived]:
         """The linears of one expert that `part` computes as one. Raises FoemError naming the tensor that never came."""
         found = []
-        for shard, linear in part.linears:
-            name = f"{self.name}.{expert}.{linear}"
-            arrived = self.arrived.get((expert, shard)) or Arrived(name, part.spec, part.share, part.share.outputs)
+        for shard, _ in part.linears:
+            arrived = self.arrived.get((expert, shard)) or self.expected(part, expert, shard)
             if missing := arrived.missing():
                 raise FoemError(
-                    f"{name}.{missing[0]} was not loaded: it is missing from the checkpoint, or it has another name there; "
-                    "download or quantize the checkpoint again"
+                    f"{arrived.name}.{missing[0]} was not loaded: it is missing from the checkpoint, or it has another name "
+                    "there; download or quantize the checkpoint again"
                 )
             found.append(arrived)
         return found
@@ -145,7 +159,7 @@ class FoemMoEMethod(compat.FusedMoEMethodBase):
         here = sorted((self.local(layer, e), e) for e in range(layer.global_num_experts))
         here = [expert for place, expert in here if place >= 0]
         layer.foem = [self.prepared(part, [self.complete(part, expert) for expert in here]) for part in self.parts]
-        self.arrived = {}
+        self.arrived = None
         for part in self.parts:
             for key in (*TENSORS, "bias"):
                 delattr(layer, f"{part.stem}_{key}")
