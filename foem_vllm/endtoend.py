@@ -35,18 +35,18 @@ LEARNING_RATE = 2e-3  # relative change of a scale a step
 
 
 class Head:
-    """Logits from what leaves the last block: the outer model, with the blocks taken out."""
+    """Logits from what leaves the last block: the outer model, with the blocks taken out. inputs: with which they were run."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList):
-        self.model, self.blocks = model, blocks
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, inputs: BlockInputs):
+        self.model, self.blocks, self.inputs = model, blocks, inputs
         head = model.get_output_embeddings()
         if head is not None and head.weight.is_meta:  # tied
             head.weight = model.get_input_embeddings().weight
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [S, T, width] -> logits [S, T, vocabulary], float32."""
-        for i, block in enumerate(self.blocks):
-            block.forward = (lambda *_, **__: hidden) if i == 0 else (lambda h, *_, **__: h)
+        for block in self.blocks:
+            block.forward = lambda *_, **__: (hidden,) if self.inputs.in_tuple else hidden
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             return self.model(input_ids=tokens, use_cache=False).logits.float()
@@ -64,7 +64,7 @@ def guide(
     """
     device = inputs.hidden[0].device
     generator = torch.Generator().manual_seed(0)
-    head = Head(model, blocks)
+    head = Head(model, blocks, inputs)
     found: list[dict[str, list[torch.Tensor]]] = [{} for _ in blocks]
 
     def load(index: int) -> Callable:
@@ -177,7 +177,7 @@ def tune_scales(
     codes at a byte a weight, scales with Adam's two moments, one block of weights, the hidden states of one step.
     """
     device = inputs.hidden[0].device
-    head = Head(model, blocks)
+    head = Head(model, blocks, inputs)
     stack = _Stack(blocks, blocks_name, weights, quantized, specs, dtype, device)
     sequences = [(b, s) for b, h in enumerate(inputs.hidden) for s in range(len(h))]
     held, tuned_on = sequences[::HELD_OUT], [p for i, p in enumerate(sequences) if i % HELD_OUT]

@@ -78,7 +78,10 @@ class StopForward(Exception):
 
 
 class BlockInputs:
-    """Hidden states before the current block, batch by batch, and the other arguments that each block is called with."""
+    """Hidden states before the current block, batch by batch, and the other arguments that each block is called with. in_tuple:
+    whether blocks return their output in a tuple, known when one was run."""
+
+    in_tuple = False
 
     def __init__(self, hidden: list[torch.Tensor], calls: list[dict[int, tuple[tuple, dict]]]):
         self.hidden, self.calls = hidden, calls
@@ -99,7 +102,8 @@ class BlockInputs:
         if size != recorded:
             args, kwargs = _first(args, size, recorded), _first(kwargs, size, recorded)
         out = block(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        self.in_tuple = isinstance(out, tuple)
+        return out[0] if self.in_tuple else out
 
 
 def _first(value, size: int, recorded: int):

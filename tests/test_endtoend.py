@@ -27,7 +27,7 @@ def streams(folder, tokens, batch=4):
     return empty, blocks, name, weights, inputs
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "opt"])  # untied, tied, soft-capped logits, biases
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "opt", "falcon"])  # untied, tied, soft-capped, biases, tuples
 def test_guidance_equals_a_backward_pass_through_the_whole_model(arch, tmp_path):
     folder = write_model(tmp_path / arch, arch)
     tokens = calibration_tokens(QuantizeConfig(**SMALL), folder, models.load_config(folder))
