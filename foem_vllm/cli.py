@@ -120,6 +120,9 @@ def quantize(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Regular expression of linears to leave as they are; repeatable.")
     ] = None,
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head", help="Quantize the output head too; one that is tied to the embedding is untied.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     quiet: Quiet = False,
@@ -146,6 +149,7 @@ def quantize(
         device=device,
         checkpoint_format=checkpoint_format,
         exclude=exclude or [],
+        lm_head=lm_head,
         trust_remote_code=trust_remote_code,
         preset=preset,
         refit=refit,

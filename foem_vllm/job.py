@@ -58,7 +58,12 @@ class Job:
         return found | {name: self.weights.headers[name] for name in stored}
 
     def original_config(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text("utf-8"))
+        """config.json, without what the checkpoint makes untrue."""
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        for part in (config, config.get("text_config")) if self.plan.head else ():
+            if part is not None:
+                part["tie_word_embeddings"] = False
+        return config
 
     def format_config(self, meta: dict) -> FormatConfig:
         """The quantization config of the checkpoint: how most linears are quantized, with rules for the others."""
@@ -66,7 +71,7 @@ class Job:
         usual = Counter(self.plan.specs.values()).most_common(1)[0][0]
         dynamic = experts.exclusion_rules(self.plan.excluded(linears))
         dynamic |= budget.rules({self.weights.stored_name(name): spec for name, spec in self.plan.specs.items()}, usual)
-        return FormatConfig(usual, self.recipe.checkpoint_format, False, dynamic or None, meta)
+        return FormatConfig(usual, self.recipe.checkpoint_format, self.plan.head is not None, dynamic or None, meta)
 
     def tokens(self) -> torch.Tensor:
         """[samples, seq_len] tokens of the configured text, checked against the model's context and vocabulary."""
@@ -83,12 +88,15 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     stored = stored_dtype(weights)
     dtype = compute_dtype(device, stored)
     empty = models.build_empty(hf_config, dtype, config.trust_remote_code)
+    models.adapt_names(empty, weights)
     experts.separate(empty, weights)
     blocks_name, blocks = models.find_blocks(empty)
     planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights)
     if recipe.bits_per_weight is not None:
         shapes = {name: empty.get_submodule(name).weight.shape for name in planned.specs}
         budget.check([(spec, *shapes[name]) for name, spec in planned.specs.items()], recipe.bits_per_weight)
+    if config.lm_head:
+        plan.add_head(planned, empty, recipe.spec, config.exclude)
     scale_dtypes = (torch.float16, torch.bfloat16) if stored == torch.bfloat16 else (torch.float16,)
     return Job(config, recipe, folder, hf_config, weights, empty, blocks_name, blocks, planned, device, dtype, scale_dtypes)
 

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from foem_vllm.errors import FoemError
+from foem_vllm.stream import Weights
 
+HEAD = "lm_head"
+DENSE_HEADS = ("bloom", "cohere", "cohere2", "gemma2", "gemma3n_text", "opt")  # vLLM gives their heads no quantization config
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.py"]
 
 
@@ -105,6 +108,20 @@ def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> 
     return model.eval().requires_grad_(False)
 
 
+def adapt_names(model: nn.Module, weights: Weights) -> None:
+    """Let `weights` answer to the model's names where transformers renames what the files hold: GPT-NeoX's embed_out is its
+    lm_head, the files of many image-text models have older prefixes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    own = model.state_dict()
+    for name in [name for name in weights.files if name not in own]:
+        new, _ = rename_source_key(name, renamings, [], model.base_model_prefix, own)
+        if new in own and new not in weights.files:
+            weights.call(name, new)
+
+
 def load_eager(folder: pathlib.Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The whole model in memory, in evaluation mode, with eager attention (the kind that can be differentiated twice).
 
@@ -153,6 +170,20 @@ def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
 def _is_plain(module: nn.Module) -> bool:
     """Subclasses of nn.Linear may compute anything (routers do); Falcon's computes what nn.Linear does."""
     return type(module) is nn.Linear or type(module).__name__ == "FalconLinear" and isinstance(module, nn.Linear)
+
+
+def find_head(model: nn.Module) -> str:
+    """Name of the output head. Raises FoemError where no plain linear is one, or vLLM could not serve it quantized."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    kind = model.config.get_text_config().model_type
+    if name is None or not _is_plain(head):
+        raise FoemError(f"--lm-head: {type(model).__name__} has no output head that is a linear; leave --lm-head away")
+    if kind in DENSE_HEADS:
+        raise FoemError(f"--lm-head: vLLM computes the head of {kind} models only unquantized; leave --lm-head away")
+    if name.rpartition(".")[2] != HEAD:
+        raise FoemError(f"--lm-head: vLLM takes a quantized head only by the name {HEAD}, not {name}; leave --lm-head away")
+    return name
 
 
 def find_unquantizable(block: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ from foem_vllm import endtoend, models, selection
 from foem_vllm.block import BlockSolver
 from foem_vllm.errors import FoemError
 from foem_vllm.format import dequantize
+from foem_vllm.head import quantize_head
 from foem_vllm.job import Job, prepare
 from foem_vllm.recipe import QuantizeConfig
 from foem_vllm.report import REPORT_FILE, LayerResult, Report, source_name
@@ -31,6 +32,7 @@ from foem_vllm.stream import BlockInputs, record_inputs
 from foem_vllm.writer import Writer, check_output, differences
 
 TOKENS_PER_BATCH = 4096
+HEAD = "head"  # in place of a block's number
 
 
 def quantize(
@@ -79,6 +81,9 @@ def quantize(
             report.layers += [result for result, _ in found.values()]
             if job.recipe.finetune_scales:
                 codes |= {name: q for name, (_, q) in found.items()}
+        if job.plan.head:
+            step("output head")
+            report.layers.append(take_head(job, streams, writer, finished.get(HEAD)))
         if codes:
             report.tuning = tune(job, streams, codes, writer, step)
         for name in job.untouched():
@@ -141,6 +146,16 @@ def pass_block(job: Job, solver: BlockSolver, writer: Writer, index: int, entry:
     weights = {name.removeprefix(prefix): dequantize(q, job.plan.specs[name]) for name, (_, q) in found.items()}
     solver.advance(index, block, job.load(index) if solver.original else None, weights)
     return found
+
+
+def take_head(job: Job, streams: Streams, writer: Writer, entry: dict | None) -> LayerResult:
+    """Quantize the output head and write it down, unless an interrupted run has."""
+    if entry is not None:
+        return LayerResult(**entry["layers"][0])
+    result, q = quantize_head(job, streams.inputs, streams.original)
+    writer.add_linear(result.name, q, job.plan.specs[job.plan.head], job.recipe.checkpoint_format)
+    writer.done({"block": HEAD, "layers": [asdict(result)]}, [result.name])
+    return result
 
 
 class Streams(NamedTuple):

@@ -16,10 +16,11 @@ from foem_vllm.stream import Weights
 @dataclass
 class Plan:
     """specs: full name of a linear that is quantized -> how. skipped: name in the files -> why it stays as it is; of linears by
-    their own names, of other parameters with two or more dimensions by the parameter's."""
+    their own names, of other parameters with two or more dimensions by the parameter's. head: the output head, if in specs."""
 
     specs: dict[str, QuantSpec]
     skipped: dict[str, str]
+    head: str | None = None
 
     def excluded(self, linears: set[str]) -> list[str]:
         """Names in the files of the linears, and of parameters that could be taken for one, that stay; `linears`: of all."""
@@ -47,6 +48,15 @@ def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list
     if not plan.specs:
         raise FoemError("no linear is left to quantize; check --exclude and the architecture")
     return plan
+
+
+def add_head(plan: Plan, model: nn.Module, spec: QuantSpec, exclude: list[str]) -> None:
+    """The output head too, with `spec`. Raises FoemError where that could not be served, or --exclude finds it."""
+    plan.head = models.find_head(model)
+    if pattern := next((p for p in exclude if re.search(p, plan.head)), None):
+        raise FoemError(f"--exclude {pattern} leaves {plan.head} as it is, and --lm-head quantizes it; leave one of them away")
+    check_groups(plan.head, model.get_submodule(plan.head).in_features, spec)
+    plan.specs[plan.head] = spec
 
 
 def _check_named(full: str, ending: str, weights: Weights) -> None:

@@ -48,6 +48,7 @@ class QuantizeConfig:
 
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
+    lm_head: the output head too.
     """
 
     method: str | None = None
@@ -78,6 +79,7 @@ class QuantizeConfig:
     guided: bool | None = None
     finetune_scales: bool | None = None
     bits_per_weight: float | None = None
+    lm_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,12 @@ class Weights:
     def rename(self, old: str, new: str) -> None:
         """Let names that begin with `old` begin with `new`."""
         for name in [name for name in self.files if old != new and name.startswith(old)]:
-            self.files[new + name.removeprefix(old)] = self.files.pop(name)
-            self.stored[new + name.removeprefix(old)] = name
+            self.call(name, new + name.removeprefix(old))
+
+    def call(self, name: str, new: str) -> None:
+        """Let `new` be the name of tensor `name`."""
+        self.files[new] = self.files.pop(name)
+        self.stored[new] = self.stored.pop(name, name)
 
     def stored_name(self, name: str) -> str:
         """What a tensor, or a module whose weight is one, is called in the files."""

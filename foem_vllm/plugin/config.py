@@ -86,8 +86,10 @@ class FoemConfig(compat.QuantizationConfig):
         self.modules = modules or None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Call modules what vLLM calls them. It is asked about tensors: some of its rules hold only for what follows a dot."""
         if self.modules is not None:
-            self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+            mapped = hf_to_vllm_mapper.apply_dict({f"{name}.qweight": spec for name, spec in self.modules.items()})
+            self.modules = {name.removesuffix(".qweight"): spec for name, spec in mapped.items()}
 
     def specs_for(self, prefix: str) -> dict[str, QuantSpec | None]:
         """{checkpoint module: its spec} of what is fused into vLLM's module `prefix`; None when unquantized."""

@@ -1,0 +1,141 @@
+"""More of a model than the linears of its blocks: the output head, other layers, other files."""
+
+import inspect
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_models import CALIBRATION, CONFIGS, write_model
+
+from foem_vllm import QuantizeConfig, head, models, quantize
+from foem_vllm.calibration import read_texts, sample_tokens
+from foem_vllm.checkpoint import read_linear
+from foem_vllm.doctor import examine
+from foem_vllm.errors import FoemError
+from foem_vllm.format import QuantSpec, dequantize, read_config
+from foem_vllm.grid import round_to_nearest
+from foem_vllm.solver import SolverConfig, solve
+from foem_vllm.stream import Weights
+
+SMALL = dict(calibration=str(CALIBRATION), samples=8, seq_len=64, group_size=32, device="cpu")
+
+
+def values(folder) -> dict[str, torch.Tensor]:
+    """{module: what its codes stand for}."""
+    config, weights = read_config(folder), Weights(folder)
+    modules = [n.removesuffix(".qweight") for n in weights.files if n.endswith(".qweight")]
+    return {m: dequantize(*read_linear(weights, m, config)) for m in modules}
+
+
+def dense(source, checkpoint=None):
+    """transformers' model in float32, with the dequantized weights of the blocks' linears of a checkpoint."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    for name, value in values(checkpoint).items() if checkpoint else ():
+        if name not in ("lm_head", "embed_out"):
+            model.get_submodule(name).weight.data.copy_(value)
+    return model
+
+
+@torch.no_grad()
+def fed_to_head(model, source) -> torch.Tensor:
+    """[tokens, K] float64, over the calibration text."""
+    seen = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1).double()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model(sample_tokens(read_texts(str(CALIBRATION)), tokenizer, 8, 64, 0), use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "falcon", "gemma3", "gpt_neox"])  # gpt_neox: called embed_out in the files
+def test_head_is_what_the_solver_makes_of_what_transformers_feeds_it(arch, tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "ROWS", 1000)  # 4096 rows in five pieces
+    source, out = write_model(tmp_path / "model", arch), tmp_path / "out"
+    report = quantize(source, out, QuantizeConfig(**SMALL, method="foem", lm_head=True))
+    x = fed_to_head(dense(source, out), source)
+    weight = dense(source).get_output_embeddings().weight.detach().double()
+    expected = solve(weight, x.T @ x / len(x), QuantSpec(4, 32), SolverConfig(beta=0.2)).quantized
+    stored = "embed_out" if arch == "gpt_neox" else "lm_head"
+    got, spec = read_linear(Weights(out), stored, read_config(out))
+    assert spec == QuantSpec(4, 32)
+    assert (got.codes == expected.codes).float().mean() > 0.99  # float32 against float64 activations
+    assert (report.layers[-1].name, report.layers[-1].n, report.layers[-1].tokens) == (stored, 4096, 512)
+    error = dequantize(got, spec).double() - weight
+    loss = float(((error @ (x.T @ x / len(x))) * error).sum() / len(weight))
+    assert report.layers[-1].loss == pytest.approx(loss, rel=1e-3)
+
+
+def test_corrected_head_is_closer_to_the_original_logits(tmp_path):
+    source = write_model(tmp_path / "model", "llama")
+    for name, strength in (("plain", 0.0), ("corrected", 1.0)):
+        quantize(source, tmp_path / name, QuantizeConfig(**SMALL, method="gptq", bits=2, lm_head=True, correct=strength))
+    wanted, off = dense(source), {}
+    logits = fed_to_head(wanted, source) @ wanted.lm_head.weight.detach().double().T
+    for name in ("plain", "corrected"):
+        x = fed_to_head(dense(source, tmp_path / name), source)
+        off[name] = float((x @ values(tmp_path / name)["lm_head"].double().T - logits).square().mean())
+    blocks = load_file(tmp_path / "plain/model.safetensors"), load_file(tmp_path / "corrected/model.safetensors")
+    assert not torch.equal(*(b["lm_head.qweight"] for b in blocks))
+    assert off["corrected"] < 0.9 * off["plain"]
+
+
+@pytest.mark.parametrize("arch, nested", [("qwen3", False), ("llama", False)])
+def test_tied_embedding_stays_and_the_checkpoint_is_untied(arch, nested, tmp_path):
+    source, out = write_model(tmp_path / "model", arch), tmp_path / "out"
+    quantize(source, out, QuantizeConfig(method="rtn", group_size=32, lm_head=True))
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and config["quantization_config"]["lm_head"] is True
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert "lm_head.weight" not in after
+    weight = before.get("lm_head.weight", before["model.embed_tokens.weight"])
+    expected = dequantize(round_to_nearest(weight, QuantSpec(4, 32)), QuantSpec(4, 32))
+    assert torch.equal(values(out)["lm_head"], expected)
+
+
+def test_rows_in_pieces_give_the_codes_of_all_at_once(tmp_path, monkeypatch):
+    source = write_model(tmp_path / "model", "qwen3")
+    for name, rows in (("whole", 4096), ("pieces", 512)):
+        monkeypatch.setattr(head, "ROWS", rows)
+        # Nothing is left open that would be chosen by other rows.
+        options = dict(method="gptq", grid="search", act_order="full", descent=True, refit=True)
+        quantize(source, tmp_path / name, QuantizeConfig(**SMALL, **options, lm_head=True))
+    whole, pieces = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
+    assert all(torch.equal(whole[key], pieces[key]) for key in whole)
+
+
+def test_heads_that_cannot_be_served_are_refused(tmp_path):
+    for arch, message in {"opt": "head of opt models only unquantized", "gemma2": "gemma2"}.items():
+        source = write_model(tmp_path / arch, arch)
+        with pytest.raises(FoemError, match=message):
+            quantize(source, tmp_path / "out", QuantizeConfig(method="rtn", group_size=32, lm_head=True))
+    with pytest.raises(FoemError, match="--exclude head leaves lm_head as it is"):
+        source = write_model(tmp_path / "llama", "llama")
+        quantize(source, tmp_path / "out", QuantizeConfig(method="rtn", group_size=32, lm_head=True, exclude=["head"]))
+
+
+def test_refused_heads_are_those_that_vllm_builds_without_a_quantization_config():
+    registry = pytest.importorskip("vllm.model_executor.models.registry")
+    for arch, (config, _) in CONFIGS.items():
+        config = getattr(transformers, config)()
+        name = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+        classes = registry.ModelRegistry._try_load_model_cls(name).__mro__
+        source = "".join(inspect.getsource(c) for c in classes if c.__module__.startswith("vllm.model_executor.models"))
+        made = re.search(r"ParallelLMHead\(.*?\n +\)", source, re.DOTALL)
+        assert (config.model_type in models.DENSE_HEADS) == (made is None or "quant_config=" not in made[0]), arch
+
+
+def test_doctor_knows_the_head(tmp_path):
+    source, out = write_model(tmp_path / "model", "qwen3", dtype=torch.bfloat16), tmp_path / "out"
+    quantize(source, out, QuantizeConfig(method="rtn", group_size=32, lm_head=True))
+    found = examine(str(out), device="cpu")
+    assert found["ours"]["served"] and found["stock"]["served"]
+    row = next(row for row in found["layers"] if row["name"] == "lm_head")
+    assert (row["n"], row["k"], row["count"]) == (4096, 64, 1)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["lm_head"] = False
+    (out / "config.json").write_text(json.dumps(config))
+    assert "config does not say so" in examine(str(out), device="cpu")["stock"]["why"][0]

@@ -1,0 +1,64 @@
+"""More than the linears of blocks, quantized and served by vLLM, beside transformers on the dequantized weights."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import CALIBRATION, write_model
+
+from foem_vllm import QuantizeConfig, quantize
+
+pytest.importorskip("vllm")
+from foem_eval.dequantized import load_dequantized  # noqa: E402
+
+SERVER = pathlib.Path(__file__).parent.parent / "eval/foem_eval/peers/vllm_offline.py"
+WIDE = dict(hidden_size=128, intermediate_size=256)  # heads 32 wide, the least that vLLM computes on CPUs
+CASES = {  # name: architecture, its sizes, what is asked of the quantizer
+    "tied head": ("qwen3", {**WIDE, "head_dim": 32}, {"lm_head": True}),
+    "untied head": ("llama", WIDE, {"lm_head": True}),
+    "renamed head": ("gpt_neox", WIDE, {"lm_head": True}),
+}
+SAME = 1e-4  # nats
+
+
+@pytest.fixture(scope="module")
+def texts() -> torch.Tensor:
+    return torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
+    root = tmp_path_factory.mktemp("more")
+    for name, (arch, sizes, options) in CASES.items():
+        source = write_model(root / f"{name} model", arch, **sizes)
+        config = QuantizeConfig(
+            preset="fast", group_size=32, calibration=str(CALIBRATION), samples=8, seq_len=64, device="cpu", **options
+        )
+        quantize(source, root / name, config)
+    return {name: root / name for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def answers(folders, texts, tmp_path_factory) -> dict[str, dict]:
+    """One vLLM process for all of them."""
+    root, out = next(iter(folders.values())).parent, tmp_path_factory.mktemp("answers")
+    save_file({"texts": texts}, root / "tokens.safetensors")
+    options = json.dumps({"quantization": "foem", "dtype": "float32"})
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run([sys.executable, str(SERVER), str(root), str(out), options, *CASES], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_served_as_transformers_computes_it(name, folders, texts, answers):
+    assert "refused" not in answers[name], answers[name]
+    with torch.no_grad():
+        table = load_dequantized(folders[name])(texts).logits.log_softmax(-1)
+    expected = table[:, :-1].gather(2, texts[:, 1:, None])[..., 0]
+    assert (torch.tensor(answers[name]["logprobs"]) - expected).abs().max() < SAME
