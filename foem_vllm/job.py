@@ -89,6 +89,7 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     dtype = compute_dtype(device, stored)
     empty = models.build_empty(hf_config, dtype, config.trust_remote_code)
     models.adapt_names(empty, weights)
+    models.straighten(empty, weights)
     experts.separate(empty, weights)
     blocks_name, blocks = models.find_blocks(empty)
     planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights)

@@ -1,8 +1,7 @@
 """What this project knows about transformers models: how to build an empty one, and where its blocks and linears are.
 
 The only module that names transformers classes. Nothing here is a table of architectures: blocks are the module list with as
-many entries as the config has layers, linears are the `nn.Linear`s inside (of experts: see `experts.separate`). Left out so
-far: Conv1D (GPT-2), reported as not quantized.
+many entries as the config has layers, linears are the `nn.Linear`s inside (of experts: see `experts.separate`).
 """
 
 from __future__ import annotations
@@ -110,7 +109,8 @@ def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> 
 
 def adapt_names(model: nn.Module, weights: Weights) -> None:
     """Let `weights` answer to the model's names where transformers renames what the files hold: GPT-NeoX's embed_out is its
-    lm_head, the files of many image-text models have older prefixes."""
+    lm_head, the files of many image-text models have older prefixes. Names without the model's prefix (GPT-2's) get it for good:
+    no engine knows quantized modules by such names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -119,7 +119,23 @@ def adapt_names(model: nn.Module, weights: Weights) -> None:
     for name in [name for name in weights.files if name not in own]:
         new, _ = rename_source_key(name, renamings, [], model.base_model_prefix, own)
         if new in own and new not in weights.files:
-            weights.call(name, new)
+            weights.call(name, new, written=new == f"{model.base_model_prefix}.{name}")
+
+
+def find_transposed(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of the linears whose weight is [K, N]: transformers' Conv1D, of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def straighten(model: nn.Module, weights: Weights) -> None:
+    """Put linears in the place of modules that compute the same with a transposed weight; `weights` is told which those are."""
+    for path, module in find_transposed(model).items():
+        (k, n), where = module.weight.shape, {"device": module.weight.device, "dtype": module.weight.dtype}
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Linear(k, n, **where).requires_grad_(False))
+        weights.transposed.add(f"{path}.weight")
 
 
 def load_eager(folder: pathlib.Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:

@@ -17,26 +17,34 @@ from foem_vllm.integrity import read_header, weight_files
 
 class Weights:
     """The tensors of a folder of safetensors files, read one at a time by name. stored: what those are called in the files that
-    go by another name here. headers: (safetensors dtype, shape) of each by its name in the files."""
+    go by another name here. headers: (safetensors dtype, shape) of each by the name that it is written under. transposed: weights
+    that are stored [K, N], and are filled in as those of linears."""
 
     def __init__(self, folder: pathlib.Path):
         found = {path: read_header(path) for path in weight_files(folder)}
         self.headers = {name: header for headers in found.values() for name, header in headers.items()}
         self.files = {name: path for path, headers in found.items() for name in headers}
         self.stored: dict[str, str] = {}
+        self.renamed: set[str] = set()
+        self.transposed: set[str] = set()
 
     def rename(self, old: str, new: str) -> None:
         """Let names that begin with `old` begin with `new`."""
         for name in [name for name in self.files if old != new and name.startswith(old)]:
             self.call(name, new + name.removeprefix(old))
 
-    def call(self, name: str, new: str) -> None:
-        """Let `new` be the name of tensor `name`."""
+    def call(self, name: str, new: str, written: bool = False) -> None:
+        """Let `new` be the name of tensor `name`, also in what is written of it if `written`."""
         self.files[new] = self.files.pop(name)
         self.stored[new] = self.stored.pop(name, name)
+        if written:
+            self.renamed.add(new)
+            self.headers[new] = self.headers.pop(name)
 
     def stored_name(self, name: str) -> str:
-        """What a tensor, or a module whose weight is one, is called in the files."""
+        """What a tensor, or a module whose weight is one, is called in the files, and in what is written of them."""
+        if name in self.renamed or f"{name}.weight" in self.renamed:
+            return name
         if f"{name}.weight" in self.stored:
             return self.stored[f"{name}.weight"].removesuffix(".weight")
         return self.stored.get(name, name)
@@ -59,6 +67,7 @@ def fill(
         if names is not None and name not in names:
             continue
         value = weights.read(prefix + name)
+        value = value.T if prefix + name in weights.transposed else value
         if value.shape != parameter.shape:
             raise FoemError(
                 f"{prefix}{name} is {list(value.shape)} in {weights.files[prefix + name].name}, but config.json "

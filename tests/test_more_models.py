@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import CALIBRATION, CONFIGS, write_model
 
 from foem_vllm import QuantizeConfig, head, models, quantize
@@ -139,3 +139,35 @@ def test_doctor_knows_the_head(tmp_path):
     config["quantization_config"]["lm_head"] = False
     (out / "config.json").write_text(json.dumps(config))
     assert "config does not say so" in examine(str(out), device="cpu")["stock"]["why"][0]
+
+
+def without_prefix(source):
+    """The same model as older files have it: names without the prefix of the model, buffers that nobody reads."""
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(source / "model.safetensors").items()}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 8, 8)}, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_conv1d_is_a_linear_with_a_transposed_weight(older, tmp_path):
+    source, out = write_model(tmp_path / "model", "gpt2"), tmp_path / "out"
+    before = load_file(source / "model.safetensors")
+    report = quantize(without_prefix(source) if older else source, out, QuantizeConfig(**SMALL, method="gptq", exclude=["c_proj"]))
+    assert {layer.name for layer in report.layers} == {f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("attn.c_attn", "mlp.c_fc")}
+    after = load_file(out / "model.safetensors")
+    for name, value in values(out).items():
+        assert (value.T - before[f"{name}.weight"]).norm() < 0.2 * before[f"{name}.weight"].norm()
+        assert torch.equal(after[f"{name}.bias"], before[f"{name}.bias"])
+    for name in ("transformer.h.1.mlp.c_proj.weight", "transformer.wte.weight"):
+        assert torch.equal(after[name], before[name])
+    assert sorted(report.skipped) == [f"transformer.h.{i}.{n}.c_proj" for i in (0, 1) for n in ("attn", "mlp")]
+    x = []
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model.transformer.h[0].attn.c_attn.register_forward_pre_hook(lambda m, args: x.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(sample_tokens(read_texts(str(CALIBRATION)), transformers.AutoTokenizer.from_pretrained(source), 8, 64, 0))
+    x = torch.cat(x)
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().double().T
+    expected = solve(weight, x.T @ x / len(x), QuantSpec(4, 32), SolverConfig()).quantized
+    got, _ = read_linear(Weights(out), "transformer.h.0.attn.c_attn", read_config(out))
+    assert (got.codes == expected.codes).float().mean() > 0.99

@@ -22,6 +22,8 @@ CASES = {  # name: architecture, its sizes, what is asked of the quantizer
     "tied head": ("qwen3", {**WIDE, "head_dim": 32}, {"lm_head": True}),
     "untied head": ("llama", WIDE, {"lm_head": True}),
     "renamed head": ("gpt_neox", WIDE, {"lm_head": True}),
+    "conv1d": ("gpt2", {}, {"lm_head": True}),
+    "conv1d in parts": ("gpt2", {}, {"exclude": ["h.0.mlp", "h.1.attn"]}),
 }
 SAME = 1e-4  # nats
 

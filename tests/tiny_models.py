@@ -84,10 +84,17 @@ MOE_CONFIGS = {  # of fused experts: their linears are no modules of transformer
     "mixtral": ("MixtralConfig", {**COMMON, "head_dim": 32, "num_local_experts": 4, "sliding_window": None}),
 }
 
+OTHER_CONFIGS = {  # of linears that are no nn.Linear of transformers' model
+    "gpt2": (
+        "GPT2Config",
+        dict(vocab_size=4096, n_embd=128, n_layer=2, n_head=4, n_inner=256, n_positions=128, bos_token_id=0, eos_token_id=0),
+    ),
+}
+
 
 def write_model(folder: pathlib.Path, arch: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> pathlib.Path:
     """A model of `arch` with random weights in `folder`; the global random state is left as found."""
-    name, values = (CONFIGS | MOE_CONFIGS)[arch]
+    name, values = (CONFIGS | MOE_CONFIGS | OTHER_CONFIGS)[arch]
     config = getattr(transformers, name)(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from safetensors.torch import save_file
 
+from foem_vllm import models
 from foem_vllm.checkpoint import quantized_modules, read_linear
 from foem_vllm.format import CONFIG_FILES, TENSORS, dequantize, read_config
 from foem_vllm.stream import Weights
@@ -34,7 +35,7 @@ def write_dequantized(folder: str | pathlib.Path, out: str | pathlib.Path, dtype
     Holds one dequantized shard in memory. Raises FoemError on a damaged checkpoint (see foem_vllm.format.check).
     """
     folder, out = pathlib.Path(folder), pathlib.Path(out)
-    config, weights = read_config(folder), Weights(folder)
+    config, weights, transposed = read_config(folder), Weights(folder), stored_transposed(folder)
     modules = set(quantized_modules(weights.files))
     packed = {f"{module}.{key}" for module in modules for key in TENSORS}
     out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,8 @@ def write_dequantized(folder: str | pathlib.Path, out: str | pathlib.Path, dtype
                 shard[name] = value.to(dtype) if value.is_floating_point() else value
             elif name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                shard[f"{module}.weight"] = dequantize(*read_linear(weights, module, config)).to(dtype)
+                value = dequantize(*read_linear(weights, module, config)).to(dtype)
+                shard[f"{module}.weight"] = value.T if module in transposed else value
         save_file({name: t.contiguous() for name, t in shard.items()}, out / path.name, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, path.name)
     if len(set(weight_map.values())) > 1:
@@ -64,6 +66,16 @@ def write_dequantized(folder: str | pathlib.Path, out: str | pathlib.Path, dtype
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model", ".py") and not (out / path.name).exists() \
                 and path.name not in ("quantize_config.json", "model.safetensors.index.json"):
             shutil.copyfile(path, out / path.name)
+
+
+def stored_transposed(folder: pathlib.Path) -> set[str]:
+    """Modules whose weight transformers wants [K, N]. Models that bring their own code are taken to have none."""
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    if raw.get("auto_map"):
+        return set()
+    from transformers import AutoConfig
+    raw.pop("quantization_config", None)
+    return set(models.find_transposed(models.build_empty(AutoConfig.for_model(**raw), torch.float32)))
 
 
 @contextlib.contextmanager
