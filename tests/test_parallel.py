@@ -1,7 +1,6 @@
 """Tensor parallelism for real, two processes on the CPU: every form of checkpoint gives what one process gives.
 
-Pipeline parallelism is not here: vLLM 0.32's CPU engine loses requests between stages (KeyError in the scheduler's
-update_from_output), with unquantized models too. Layers know nothing of stages; a stage loads its layers as any other.
+Pipeline parallelism is not here but in eval/parallel.py: layers know nothing of stages, a stage loads its layers as any other.
 """
 import json
 import os

@@ -46,8 +46,8 @@ def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]], recor
     options = dict(options)
     new_tokens, watched = options.pop("new_tokens", 1), options.pop("streams", False)
     length = len(texts[0]) + new_tokens + 7
-    llm = LLM(str(checkpoint), enforce_eager=True, max_model_len=length, max_num_seqs=len(texts), seed=0,
-              max_num_batched_tokens=len(texts) * length, num_gpu_blocks_override=8 * len(texts), **options)
+    llm = LLM(str(checkpoint), max_model_len=length, max_num_seqs=len(texts), seed=0, max_num_batched_tokens=len(texts) * length,
+              num_gpu_blocks_override=8 * len(texts), **{"enforce_eager": True, **options})
     asked = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in texts], asked, use_tqdm=False)
     if watched:
