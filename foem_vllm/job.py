@@ -69,7 +69,7 @@ class Job:
         """The quantization config of the checkpoint: how most linears are quantized, with rules for the others."""
         linears = set(map(self.weights.stored_name, plan.linear_names(self.blocks_name, self.blocks)))
         usual = Counter(self.plan.specs.values()).most_common(1)[0][0]
-        dynamic = experts.exclusion_rules(self.plan.excluded(linears))
+        dynamic = experts.exclusion_rules(self.plan.excluded(linears)) | plan.tower_rules(self.plan)
         dynamic |= budget.rules({self.weights.stored_name(name): spec for name, spec in self.plan.specs.items()}, usual)
         return FormatConfig(usual, self.recipe.checkpoint_format, self.plan.head is not None, dynamic or None, meta)
 
@@ -88,11 +88,13 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     stored = stored_dtype(weights)
     dtype = compute_dtype(device, stored)
     empty = models.build_empty(hf_config, dtype, config.trust_remote_code)
+    towers = models.drop_towers(empty)
     models.adapt_names(empty, weights)
     models.straighten(empty, weights)
     experts.separate(empty, weights)
     blocks_name, blocks = models.find_blocks(empty)
     planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights)
+    plan.leave_towers(planned, towers)
     if recipe.bits_per_weight is not None:
         shapes = {name: empty.get_submodule(name).weight.shape for name in planned.specs}
         budget.check([(spec, *shapes[name]) for name, spec in planned.specs.items()], recipe.bits_per_weight)

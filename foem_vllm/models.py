@@ -52,7 +52,7 @@ def resolve(model: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
-    """The transformers config of an unquantized causal LM; FoemError when it is something else."""
+    """The transformers config of an unquantized causal LM, or image-text model with one; FoemError when it is something else."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -73,9 +73,25 @@ def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
         ) from None
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = config.architectures or []
-    if not raw.get("auto_map") and architectures and not causal & set(architectures):
-        raise FoemError(f"{folder}: {architectures[0]} is not a causal language model; only those can be quantized here")
+    if not (raw.get("auto_map") or not architectures or causal & set(architectures) or sees_images(config)):
+        raise FoemError(
+            f"{folder}: {architectures[0]} is neither a causal language model nor an image-text model; only those can be quantized"
+        )
     return config
+
+
+def sees_images(config) -> bool:
+    """Whether transformers counts the architecture among its image-text models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return bool(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()) & set(config.architectures or []))
+
+
+def auto_class(config) -> type:
+    """Of transformers, that builds and loads such a model."""
+    import transformers
+
+    return transformers.AutoModelForImageTextToText if sees_images(config) else transformers.AutoModelForCausalLM
 
 
 @contextlib.contextmanager
@@ -97,11 +113,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def build_empty(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The model with parameters on the meta device, in evaluation mode. The global random state is left as found."""
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]), _parameters_on_meta():
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise FoemError(f"{config.model_type}: not a causal language model ({str(error).splitlines()[0]})") from None
     return model.eval().requires_grad_(False)
@@ -120,6 +134,17 @@ def adapt_names(model: nn.Module, weights: Weights) -> None:
         new, _ = rename_source_key(name, renamings, [], model.base_model_prefix, own)
         if new in own and new not in weights.files:
             weights.call(name, new, written=new == f"{model.base_model_prefix}.{name}")
+
+
+def drop_towers(model: nn.Module) -> list[str]:
+    """Take everything beside the language model out of an image-text model, which then takes text only; names of what was there."""
+    if not sees_images(model.config):
+        return []
+    outer, decoder = getattr(model, model.base_model_prefix), model.get_decoder()
+    towers = [name for name, child in outer.named_children() if decoder not in child.modules()]
+    for name in towers if decoder is not outer else ():
+        setattr(outer, name, None)
+    return towers if decoder is not outer else []
 
 
 def find_transposed(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -16,11 +16,13 @@ from foem_vllm.stream import Weights
 @dataclass
 class Plan:
     """specs: full name of a linear that is quantized -> how. skipped: name in the files -> why it stays as it is; of linears by
-    their own names, of other parameters with two or more dimensions by the parameter's. head: the output head, if in specs."""
+    their own names, of other parameters with two or more dimensions by the parameter's. head: the output head, if in specs.
+    towers: parts beside the language model, which also stay."""
 
     specs: dict[str, QuantSpec]
     skipped: dict[str, str]
     head: str | None = None
+    towers: list[str] = field(default_factory=list)
 
     def excluded(self, linears: set[str]) -> list[str]:
         """Names in the files of the linears, and of parameters that could be taken for one, that stay; `linears`: of all."""
@@ -57,6 +59,17 @@ def add_head(plan: Plan, model: nn.Module, spec: QuantSpec, exclude: list[str]) 
         raise FoemError(f"--exclude {pattern} leaves {plan.head} as it is, and --lm-head quantizes it; leave one of them away")
     check_groups(plan.head, model.get_submodule(plan.head).in_features, spec)
     plan.specs[plan.head] = spec
+
+
+def leave_towers(plan: Plan, towers: list[str]) -> None:
+    """Parts of an image-text model beside its language model stay as they are."""
+    plan.towers = towers
+    plan.skipped |= dict.fromkeys(towers, "vision")
+
+
+def tower_rules(plan: Plan) -> dict[str, dict]:
+    """`dynamic` rules that exclude the towers, whatever they are called inside: vLLM and transformers differ there."""
+    return {rf"-:(.*\.)?{re.escape(name)}\.": {} for name in plan.towers}
 
 
 def _check_named(full: str, ending: str, weights: Weights) -> None:

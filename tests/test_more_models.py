@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import CALIBRATION, CONFIGS, write_model
+from tiny_models import CALIBRATION, CONFIGS, VISION_CONFIGS, write_model
 
 from foem_vllm import QuantizeConfig, head, models, quantize
 from foem_vllm.calibration import read_texts, sample_tokens
@@ -152,8 +152,12 @@ def without_prefix(source):
 def test_conv1d_is_a_linear_with_a_transposed_weight(older, tmp_path):
     source, out = write_model(tmp_path / "model", "gpt2"), tmp_path / "out"
     before = load_file(source / "model.safetensors")
-    report = quantize(without_prefix(source) if older else source, out, QuantizeConfig(**SMALL, method="gptq", exclude=["c_proj"]))
-    assert {layer.name for layer in report.layers} == {f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("attn.c_attn", "mlp.c_fc")}
+    report = quantize(
+        without_prefix(source) if older else source, out, QuantizeConfig(**SMALL, method="gptq", exclude=["c_proj"])
+    )
+    assert {layer.name for layer in report.layers} == {
+        f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("attn.c_attn", "mlp.c_fc")
+    }
     after = load_file(out / "model.safetensors")
     for name, value in values(out).items():
         assert (value.T - before[f"{name}.weight"]).norm() < 0.2 * before[f"{name}.weight"].norm()
@@ -170,4 +174,35 @@ def test_conv1d_is_a_linear_with_a_transposed_weight(older, tmp_path):
     weight = model.transformer.h[0].attn.c_attn.weight.detach().double().T
     expected = solve(weight, x.T @ x / len(x), QuantSpec(4, 32), SolverConfig()).quantized
     got, _ = read_linear(Weights(out), "transformer.h.0.attn.c_attn", read_config(out))
+    assert (got.codes == expected.codes).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("arch", VISION_CONFIGS)
+def test_language_part_of_an_image_text_model(arch, tmp_path):
+    """Everything beside it stays, byte for byte, and rules say so under the names of transformers and of vLLM."""
+    source, out = write_model(tmp_path / "model", arch), tmp_path / "out"
+    report = quantize(source, out, QuantizeConfig(**SMALL, method="gptq", lm_head=True))
+    before, after, linears = load_file(source / "model.safetensors"), load_file(out / "model.safetensors"), values(out)
+    own = "lm_head" if arch == "gemma3_vision" else "language_model.lm_head"  # tied and called so in no file; untied
+    assert set(linears) == {name.removesuffix(".weight") for name in before if re.search(r"language_model.*_proj", name)} | {own}
+    for name in before:
+        if name.removesuffix(".weight") not in linears:
+            assert torch.equal(after[name], before[name])
+    assert report.skipped == {"vision_tower": "vision", "multi_modal_projector": "vision"}
+    config = read_config(out)
+    for name in ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder.layers.0.mlp.fc1"):
+        assert config.spec_for(name) is None
+    assert config.spec_for("language_model.model.layers.0.mlp.up_proj") == QuantSpec(4, 32)
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["tie_word_embeddings"] is raw["text_config"]["tie_word_embeddings"] is False
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    layer, x = model.model.language_model.layers[0].self_attn.q_proj, []
+    layer.register_forward_pre_hook(lambda m, args: x.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(sample_tokens(read_texts(str(CALIBRATION)), tokenizer, 8, 64, 0))
+    x = torch.cat(x)
+    expected = solve(layer.weight.detach().double(), x.T @ x / len(x), QuantSpec(4, 32), SolverConfig()).quantized
+    got, _ = read_linear(Weights(out), "language_model.model.layers.0.self_attn.q_proj", config)
     assert (got.codes == expected.codes).float().mean() > 0.99

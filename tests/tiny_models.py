@@ -90,15 +90,32 @@ OTHER_CONFIGS = {  # of linears that are no nn.Linear of transformers' model
         dict(vocab_size=4096, n_embd=128, n_layer=2, n_head=4, n_inner=256, n_positions=128, bos_token_id=0, eos_token_id=0),
     ),
 }
+TEXT = dict(COMMON, hidden_size=128, intermediate_size=256, head_dim=32)
+VISION = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+VISION_CONFIGS = {  # of image-text models; vision towers have as many layers as the language model
+    "gemma3_vision": (
+        "Gemma3Config",
+        dict(text_config={**TEXT, "sliding_window": 16}, vision_config=VISION, mm_tokens_per_image=4, image_token_index=9),
+    ),
+    "llava": (
+        "LlavaConfig",
+        dict(
+            text_config={**TEXT, "model_type": "llama"},
+            vision_config={**VISION, "model_type": "clip_vision_model"},
+            image_token_index=9,
+        ),
+    ),
+}
 
 
 def write_model(folder: pathlib.Path, arch: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> pathlib.Path:
     """A model of `arch` with random weights in `folder`; the global random state is left as found."""
-    name, values = (CONFIGS | MOE_CONFIGS | OTHER_CONFIGS)[arch]
+    name, values = (CONFIGS | MOE_CONFIGS | OTHER_CONFIGS | VISION_CONFIGS)[arch]
     config = getattr(transformers, name)(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        kind = "AutoModelForImageTextToText" if arch in VISION_CONFIGS else "AutoModelForCausalLM"
+        model = getattr(transformers, kind).from_config(config)
         for p in model.parameters():  # wider than the usual initialization, so that attention and activations do something
             if p.ndim >= 2:
                 p.data.mul_(4)

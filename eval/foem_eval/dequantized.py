@@ -95,6 +95,7 @@ def load_dequantized(folder: str | pathlib.Path, dtype: torch.dtype = torch.floa
 
     float32 shows the quantization alone; bfloat16 adds the rounding of dequantized weights that a serving engine may also do.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     with dequantized_folder(folder, dtype) as plain:
-        return AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        config = AutoConfig.from_pretrained(plain, trust_remote_code=trust_remote_code)
+        return models.auto_class(config).from_pretrained(plain, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
