@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from foem_vllm import capture, experts, models, selection
+from foem_vllm import capture, distributed, experts, models, selection
+from foem_vllm.clock import Clock
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
-from foem_vllm.rows import settle, solve_rows
+from foem_vllm.rows import settle, solve_shared
+from foem_vllm.store import Batches, Held
 from foem_vllm.stream import BlockInputs
-
-KEPT_BYTES = 2 << 30  # of what feeds one linear; beyond it more of the block is run again
 
 
 class BlockSolver:
@@ -37,7 +37,9 @@ class BlockSolver:
         inputs: BlockInputs | None,
         original: BlockInputs | None,
         guidance: list[dict[str, list[torch.Tensor]]] | None = None,
+        clock: Clock | None = None,
     ):
+        self.clock = clock or Clock()
         self.recipe, self.scale_dtypes, self.inputs, self.original = recipe, scale_dtypes, inputs, original
         self.guidance = guidance
         self.specs: dict[str, QuantSpec] = {}  # of the current block's linears, by their names in it
@@ -53,10 +55,10 @@ class BlockSolver:
             for n, linear in linears.items():
                 yield self._nearest(linear, prefix + n, self.specs[n], [])
             return
-        known = capture.Known(block)
+        known, store = capture.Known(block), self.inputs.hidden.store
 
         def run(b: int) -> torch.Tensor:
-            with known.of(b):
+            with self.clock("forward"), known.of(b):
                 return self.inputs.call(index, block, b)
 
         separate = experts.find(block)
@@ -71,7 +73,7 @@ class BlockSolver:
                 yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
                 reached |= set(stage)
             if part is not None and all(x is not None for x in fed):
-                known.add(part, [linears[stage[0]](x) for x in fed])
+                known.add(part, Batches(store, (linears[stage[0]](x.get()) for x in fed)))
             del fed
         for name in separate:
             yield from self._solve_experts(block, untouched, prefix, name, linears, shown, run)
@@ -107,8 +109,13 @@ class BlockSolver:
         trial = functools.partial(self.inputs.run, index, block, several)
         alone = [s[0] for s in stages if len(s) == 1]
         places = {n: self._trial(capture.find_sum, block, n, trial) for n in alone if self.recipe.correct != 0}
-        parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone if self._can_keep(linears[n])}
-        return stages, places, parts
+        parts = {n: self._trial(capture.find_part, block, n, trial) for n in alone}
+        if distributed.size() > 1 and sum(map(len, stages)) < len(linears):
+            raise FoemError(
+                "the first batch does not reach all linears of a block (routed experts that are modules of their own); quantize "
+                "this model with one process"
+            )
+        return distributed.agreed((stages, places, parts))
 
     def _solve_experts(
         self, block: nn.Module, untouched: nn.Module | None, prefix: str, name: str, linears: dict[str, nn.Linear], shown, run
@@ -117,7 +124,7 @@ class BlockSolver:
         known once, because no expert feeds another. With `shown` they are aimed at their own outputs in the original model."""
         module = block.get_submodule(name)
         calls = experts.recorded_calls(module, run, len(self.inputs.hidden))
-        drift = (untouched.get_submodule(name), [s[name].flatten(0, -2) for s in shown]) if shown else ()
+        drift = (untouched.get_submodule(name), [s[name].get().flatten(0, -2) for s in shown]) if shown else ()
         for expert, stage in module.stages():
             members = {f"{name}.{n}": linears[f"{name}.{n}"] for n in stage if f"{name}.{n}" in linears}
             if not members:
@@ -143,8 +150,9 @@ class BlockSolver:
         self, linears: dict[str, nn.Linear], spec: QuantSpec, prefix: str, moments: capture.Moments, means: capture.Means
     ) -> Iterator[tuple[LayerResult, Quantized]]:
         stacked = torch.cat([m.weight.float() for m in linears.values()])
-        settled = settle(stacked, moments, spec, self.recipe, self.scale_dtypes)
-        solved, after, losses, sizes = solve_rows(stacked, means, spec, settled)
+        with self.clock("solve"):
+            settled = settle(stacked, moments, spec, self.recipe, self.scale_dtypes)
+            solved, after, losses, sizes = solve_shared(stacked, means, spec, settled)
         row = 0
         for name, linear in linears.items():
             rows = slice(row, row + linear.out_features)
@@ -164,12 +172,6 @@ class BlockSolver:
     def _result(self, linear: nn.Linear, name: str, spec: QuantSpec, notes: list[str]) -> LayerResult:
         n, k = linear.weight.shape
         return LayerResult(name, n, k, spec.bits, spec.group_size, notes=notes)
-
-    def _can_keep(self, linear: nn.Linear) -> bool:
-        """Whether there is room for what feeds the linear over the whole text."""
-        hidden = self.inputs.hidden
-        tokens = sum(h.shape[:-1].numel() for h in hidden)
-        return tokens * linear.in_features * hidden[0].element_size() <= KEPT_BYTES
 
     def _trial(self, find: Callable, block: nn.Module, name: str, run: Callable):
         """find(block, name, run), once for all blocks built alike."""
@@ -196,15 +198,17 @@ class BlockSolver:
 
     def _record(
         self, index: int, untouched: nn.Module, stages: list[list[str]], places: dict[str, str | None], others: set[str]
-    ) -> list[dict[str, torch.Tensor]]:
+    ) -> list[dict[str, Held]]:
         """What the original block shows, batch by batch, where the quantized one will be compared with it; advances its stream.
 
         Three more hidden states a token for the usual block: the price of running it only once.
         """
         names = {"", *others, *(s[0] if places.get(s[0]) is None else places[s[0]] for s in stages)}
-        shown = []
+        shown, store = [], self.original.hidden.store
         for b in range(len(self.original.hidden)):
-            shown.append(capture.observe(untouched, names, functools.partial(self.original.call, index, untouched, b)))
+            with self.clock("forward"):
+                found = capture.observe(untouched, names, functools.partial(self.original.call, index, untouched, b))
+            shown.append({name: store.put(tensor) for name, tensor in found.items()})
             self.original.hidden[b] = shown[b][""]
         return shown
 
@@ -215,10 +219,10 @@ class BlockSolver:
         prefix: str,
         stage: list[str],
         place: str | None,
-        shown: list[dict[str, torch.Tensor]] | None,
+        shown: list[dict[str, Held]] | None,
         run: Callable,
         keep: bool,
-    ) -> tuple[capture.Moments, list[torch.Tensor | None]]:
+    ) -> tuple[capture.Moments, list[Held | None]]:
         """(moments, over the calibration text, of what feeds the stage, and of its drift from what the original block
         showed; with `keep` also what feeds it, batch by batch)."""
         first = stage[0]
@@ -233,17 +237,24 @@ class BlockSolver:
         for b in range(len(self.inputs.hidden)):
             with contextlib.nullcontext() if weight is None else capture.silent(linear):
                 now = capture.observe(block, {first, at}, functools.partial(run, b))
-            then = shown[b].get(at) if shown else None
+            then = shown[b][at].get() if shown and at in shown[b] else None
             if shown and getattr(then, "shape", None) != getattr(now.get(at), "shape", None):
                 raise FoemError(
                     f"{prefix}{first}: other tokens reach it than in the original model (routed experts); use --preset fast, "
                     "or --exclude it"
                 )
             if first in now:  # else none of the batch's tokens is routed to it
-                moments.add(b % selection.FOLDS, now[first], now[at], then, token_weights[b] if token_weights else None)
+                with self.clock("moments"):
+                    moments.add(
+                        distributed.number(b) % selection.FOLDS,
+                        now[first],
+                        now[at],
+                        then,
+                        token_weights[b] if token_weights else None,
+                    )
             if keep:
-                kept.append(now.get(first))
-        return moments, kept
+                kept.append(self.inputs.hidden.store.put(now[first]) if first in now else None)
+        return moments.gather(), kept
 
     def _token_weights(self, index: int, stage: dict[str, int]) -> list[torch.Tensor] | None:
         """[tokens] a batch, mean 1 over the text: the root of the mean squared gradient over the stage's outputs.
@@ -255,4 +266,6 @@ class BlockSolver:
         batches = [sum(w * self.guidance[index][n][b] for n, w in stage.items()) for b in range(len(self.inputs.hidden))]
         batches = [b.sqrt() for b in batches]
         mean = torch.cat(batches).mean()
+        if distributed.size() > 1:
+            mean = distributed.total(float(torch.cat(batches).sum())) / distributed.total(sum(map(len, batches)))
         return [b / mean for b in batches] if mean > 0 else None

@@ -10,7 +10,9 @@ import torch
 from foem_kernels import cpu_moments
 from torch import nn
 
+from foem_vllm import distributed
 from foem_vllm.errors import FoemError
+from foem_vllm.store import Batches
 from foem_vllm.stream import StopForward
 
 GRAM_STEP = 128  # rows of a second moment that are computed together
@@ -64,6 +66,14 @@ class Moments:
         add_gram(self._h[fold], heavy, x)
         if cross is not None:
             cross.addmm_((then.float() - now.float()).T, heavy)
+
+    def gather(self) -> Moments:
+        """The same over the text of all processes."""
+        self.counts = [round(distributed.total(count)) for count in self.counts] if distributed.size() > 1 else self.counts
+        for sums in (self._h, self._d, self._g):
+            if sums is not None:
+                distributed.total_(sums)
+        return self
 
     @property
     def tokens(self) -> int:
@@ -267,9 +277,9 @@ class Known:
 
     def __init__(self, block: nn.Module):
         self._block = block
-        self._parts: dict[Part, list[torch.Tensor]] = {}
+        self._parts: dict[Part, Batches] = {}
 
-    def add(self, part: Part, outputs: list[torch.Tensor]) -> None:
+    def add(self, part: Part, outputs: Batches) -> None:
         """outputs: what the part's linear returns, now that it is quantized."""
         self._parts[part] = outputs
 

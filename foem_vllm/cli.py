@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from foem_vllm import __version__, calibration, cli_measure
+from foem_vllm import __version__, calibration, cli_measure, distributed
 from foem_vllm.cli_options import (
     DEFAULTS,
     Device,
@@ -116,6 +116,10 @@ def quantize(
     seq_len: SeqLen = DEFAULTS.seq_len,
     seed: Annotated[int, calibration_option(help="Which part of the text is used.")] = DEFAULTS.seed,
     device: Device = None,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(help="GB of host memory for activations, the rest waits in a file; default: half of what is free."),
+    ] = None,
     checkpoint_format: Annotated[str | None, typer.Option("--format", help="gptq or gptq_v2; default: by symmetry.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Regular expression of linears to leave as they are; repeatable.")
@@ -147,6 +151,7 @@ def quantize(
         seq_len=seq_len,
         seed=seed,
         device=device,
+        activation_memory=activation_memory,
         checkpoint_format=checkpoint_format,
         exclude=exclude or [],
         lm_head=lm_head,
@@ -160,6 +165,8 @@ def quantize(
         bits_per_weight=bits_per_weight,
     )
     report = run_quantize(model, out, config, progress=not quiet, resume=resume)
+    if distributed.rank() != 0:
+        return
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]
     for note in notes[:10]:
         print(f"note: {note}", file=sys.stderr)

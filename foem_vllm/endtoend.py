@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from foem_vllm import models
+from foem_vllm import distributed, models
 from foem_vllm.capture import hooks
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_scales
@@ -63,7 +63,7 @@ def guide(
     inputs: as they enter the first block; not advanced.
     """
     device = inputs.hidden[0].device
-    generator = torch.Generator().manual_seed(0)
+    draws = iter(_draws(inputs))
     head = Head(model, blocks, inputs)
     found: list[dict[str, list[torch.Tensor]]] = [{} for _ in blocks]
 
@@ -86,13 +86,25 @@ def guide(
                 h = h.detach().requires_grad_(True)
                 logits = head(h)
                 up_to = logits.detach().flatten(0, -2).softmax(-1).cumsum(-1)
-                drawn = torch.rand(len(up_to), 1, generator=generator).to(device) * up_to[:, -1:]
+                drawn = next(draws).to(device) * up_to[:, -1:]
                 label = torch.searchsorted(up_to, drawn).squeeze(1).clamp_(max=up_to.shape[1] - 1)
                 F.cross_entropy(logits.flatten(0, -2), label, reduction="sum").backward()
             gradients.append(h.grad)
         for index in reversed(range(len(blocks))):
             run = None if keep else load(index)
             gradients = [s.backward(g, run) for s, g in zip(segments.pop(), gradients)]
+    return found
+
+
+def _draws(inputs: BlockInputs) -> list[torch.Tensor]:
+    """[tokens, 1] uniform numbers for every batch: the same for a batch whichever process runs it."""
+    counts = distributed.gathered([h.shape[:-1].numel() for h in inputs.hidden])
+    generator, found = torch.Generator().manual_seed(0), []
+    for batch in range(len(counts[0])):
+        for process, of in enumerate(counts):
+            if batch < len(of):
+                numbers = torch.rand(of[batch], 1, generator=generator)
+                found += [numbers] if process == distributed.rank() else []
     return found
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from foem_vllm import distributed
 from foem_vllm.capture import Moments, hooks, observe
 from foem_vllm.errors import FoemError
 from foem_vllm.stream import StopForward, Weights
@@ -146,13 +147,13 @@ def moments_of(
     all tokens too, weighted as K - T: its second moment is shrunk towards what it would be fed by the layer's mean token.
     """
     k = module.get_submodule(linear).in_features
-    tokens = sum(int((index == expert).sum()) for _, index, _ in calls)
+    tokens = round(distributed.total(sum(int((index == expert).sum()) for _, index, _ in calls)))
     parts = [(b, slice(None), None) for b in range(len(calls))]
     share, extra = 1.0, 0.0
     if tokens < k:
-        everything = sum(len(hidden) for hidden, _, _ in calls)
+        everything = round(distributed.total(sum(len(hidden) for hidden, _, _ in calls)))
         step = max(1, everything // (4 * k))
-        thinned = sum(len(hidden[::step]) for hidden, _, _ in calls)
+        thinned = round(distributed.total(sum(len(hidden[::step]) for hidden, _, _ in calls)))
         share = (tokens + thinned) / k  # so that the mean is (T of the routed + (K - T) of the others) / K
         extra = share * (k - tokens) / thinned
         parts += [(b, slice(None, None, step), expert) for b in range(len(calls))]
@@ -169,8 +170,8 @@ def moments_of(
             before = original[b][rows]
             then = observe(untouched, {linear}, lambda h=before, i=index, w=weights: untouched.one(expert, h, i, w))[linear]
         counts = None if extra == 0 else torch.full((len(now),), share if everyone is None else extra, device=now.device)
-        moments.add(b % folds, now, now, then, counts)
-    return moments, tokens
+        moments.add(distributed.number(b) % folds, now, now, then, counts)
+    return moments.gather(), tokens
 
 
 def coverage(tokens: dict[str, int]) -> dict[str, list[int]]:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import torch
 
-from foem_vllm import capture, selection
+from foem_vllm import capture, distributed, selection
 from foem_vllm.endtoend import Head
 from foem_vllm.format import Quantized, QuantSpec
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.job import Job
 from foem_vllm.report import LayerResult
-from foem_vllm.rows import Settled, settle, solve_rows
+from foem_vllm.rows import Settled, settle, solve_shared
 from foem_vllm.stream import BlockInputs
 
 ROWS = 8192  # solved together
@@ -64,8 +64,9 @@ def collect(job: Job, inputs: BlockInputs, original: BlockInputs | None) -> capt
     moments = capture.Moments(job.empty.get_submodule(name).in_features, job.device, selection.FOLDS, original is not None)
     for b, hidden in enumerate(inputs.hidden):
         now = fed(hidden)
-        moments.add(b % selection.FOLDS, now, now, fed(original.hidden[b]) if original else None)
-    return moments
+        fold = distributed.number(b) % selection.FOLDS
+        moments.add(fold, now, now, fed(original.hidden[b]) if original else None)
+    return moments.gather()
 
 
 def solve(
@@ -74,7 +75,7 @@ def solve(
     """Codes and grid of weight [N, K]; what is known of the errors is noted in `result`."""
     means, found, loss, power = moments.means(name=result.name), [], 0.0, 0.0
     for rows in pieces(weight, device):
-        solved, _, losses, sizes = solve_rows(rows, means, spec, settled)
+        solved, _, losses, sizes = solve_shared(rows, means, spec, settled)
         found.append(solved.quantized)
         loss, power = loss + float(losses.sum()), power + float(sizes.sum())
     settled.describe(result, solved.damping, moments.tokens)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from foem_vllm import budget, calibration, experts, models, plan
+from foem_vllm import budget, calibration, distributed, experts, models, plan
 from foem_vllm.errors import FoemError
 from foem_vllm.format import FormatConfig
 from foem_vllm.recipe import QuantizeConfig, Recipe, resolve
@@ -95,11 +95,12 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     blocks_name, blocks = models.find_blocks(empty)
     planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights)
     plan.leave_towers(planned, towers)
-    if recipe.bits_per_weight is not None:
-        shapes = {name: empty.get_submodule(name).weight.shape for name in planned.specs}
-        budget.check([(spec, *shapes[name]) for name, spec in planned.specs.items()], recipe.bits_per_weight)
     if config.lm_head:
         plan.add_head(planned, empty, recipe.spec, config.exclude)
+    if recipe.bits_per_weight is not None:
+        linears = {name: (spec, *empty.get_submodule(name).weight.shape) for name, spec in planned.specs.items()}
+        fixed = [linears.pop(planned.head)] if planned.head else []
+        budget.check(linears.values(), fixed, recipe.bits_per_weight)
     scale_dtypes = (torch.float16, torch.bfloat16) if stored == torch.bfloat16 else (torch.float16,)
     return Job(config, recipe, folder, hf_config, weights, empty, blocks_name, blocks, planned, device, dtype, scale_dtypes)
 
@@ -126,9 +127,9 @@ def calibration_tokens(config: QuantizeConfig, folder: pathlib.Path, hf_config) 
 def pick_device(name: str | None) -> torch.device:
     """The device to compute on; FoemError when the one asked for is not there."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", distributed.local_rank()) if name == "cuda" else torch.device(name)
     except RuntimeError:
         raise FoemError(f"--device {name} is unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from foem_vllm import endtoend, models, selection
+from foem_vllm import distributed, endtoend, models, selection
 from foem_vllm.block import BlockSolver
+from foem_vllm.clock import Clock
 from foem_vllm.errors import FoemError
 from foem_vllm.format import dequantize
 from foem_vllm.head import quantize_head
@@ -28,8 +30,9 @@ from foem_vllm.recipe import QuantizeConfig
 from foem_vllm.report import REPORT_FILE, LayerResult, Report, source_name
 from foem_vllm.sensitivity import choose_bits
 from foem_vllm.spec import Quantized
+from foem_vllm.store import Batches, Store, available_memory
 from foem_vllm.stream import BlockInputs, record_inputs
-from foem_vllm.writer import Writer, check_output, differences
+from foem_vllm.writer import Silent, Writer, check_output, differences
 
 TOKENS_PER_BATCH = 4096
 HEAD = "head"  # in place of a block's number
@@ -48,18 +51,23 @@ def quantize(
     for byte, as those of a run that was not interrupted. Returns the report that is also stored there. Raises FoemError on bad
     input, before anything is written where possible; on any error `out` is not created. The global random state is left as found.
     """
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), Clock()
     out = pathlib.Path(out)
     job = prepare(model, config or QuantizeConfig())
+    distributed.start(job.device)
+    if distributed.size() > 1 and job.recipe.bits_per_weight is not None:
+        raise FoemError("--bits-per-weight chooses in one process; run it without torchrun")
     if resume and (out / REPORT_FILE).is_file():
         return finished_before(job, out)
-    check_output(out)
+    if distributed.rank() == 0:
+        check_output(out)
     report = Report(job.recipe.stated, skipped=job.plan.skipped, model=source_name(model))
-    with Writer(out) as writer, torch.no_grad(), progress_bar(progress, len(job.blocks)) as step:
+    writer = Writer(out) if distributed.rank() == 0 else Silent()
+    with writer, torch.no_grad(), progress_bar(progress and distributed.rank() == 0, len(job.blocks)) as step:
         tokens = job.tokens() if job.recipe.solver else None
         if tokens is not None:
             report.recipe["calibration_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-        streams = Streams() if tokens is None else start_streams(job, tokens)
+        streams = Streams() if tokens is None else start_streams(job, tokens, activation_store(job, out))
         if job.recipe.bits_per_weight is not None:
             step("choosing bits")
             begun = time.perf_counter()
@@ -69,8 +77,9 @@ def quantize(
         guidance = None
         if job.recipe.guided:
             step("gradients")
-            guidance = endtoend.guide(job.empty, job.blocks, job.blocks_name, job.weights, streams.start, job.dtype)
-        solver = BlockSolver(job.recipe, job.scale_dtypes, streams.inputs, streams.original, guidance)
+            with clock("gradients"):
+                guidance = endtoend.guide(job.empty, job.blocks, job.blocks_name, job.weights, streams.start, job.dtype)
+        solver = BlockSolver(job.recipe, job.scale_dtypes, streams.inputs, streams.original, guidance, clock)
         codes: dict[str, Quantized] = {}  # of the whole model, where its scales are tuned in the end
         report.seconds["prepare"] = time.perf_counter() - started
         finished = {entry["block"]: entry for entry in writer.entries}
@@ -85,11 +94,14 @@ def quantize(
             step("output head")
             report.layers.append(take_head(job, streams, writer, finished.get(HEAD)))
         if codes:
-            report.tuning = tune(job, streams, codes, writer, step)
-        for name in job.untouched():
-            writer.add(job.weights.stored_name(name), job.weights.read(name))
+            with clock("tune"):
+                report.tuning = tune(job, streams, codes, writer, step)
+        with clock("write"):
+            for name in job.untouched():
+                writer.add(job.weights.stored_name(name), job.weights.read(name))
         step("verifying")
-        report.seconds["total"] = time.perf_counter() - started
+        report.seconds |= {**clock.seconds, "total": time.perf_counter() - started}
+        report.memory = peak_memory(job.device)
         meta = {"quantizer": ["foem-vllm:" + version()], "foem": dict(report.recipe)}
         writer.finish(job.folder, job.original_config(), job.format_config(meta), report.to_json())
     return report
@@ -107,6 +119,14 @@ def identity(job: Job, report: Report) -> dict:
     }
 
 
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes at most: of this process in host memory since it began, and of its tensors on the GPU."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
 def finished_before(job: Job, out: pathlib.Path) -> Report:
     """The report of a run that needs no resuming. Raises FoemError when it was made with other settings."""
     report = Report.from_json(json.loads((out / REPORT_FILE).read_text("utf-8")))
@@ -121,14 +141,17 @@ Found = dict[str, tuple[LayerResult, Quantized]]  # by full name of the linear
 
 def solve_block(job: Job, solver: BlockSolver, writer: Writer, index: int, _) -> Found:
     """Quantize a block, and write it down."""
-    block, found = job.load(index), {}
-    untouched = job.load(index) if solver.original else None
+    with solver.clock("load"):
+        block, found = job.load(index), {}
+        untouched = job.load(index) if solver.original else None
     for result, q in solver.solve(index, block, untouched, job.prefix(index), job.plan.specs):
         name, result.name = result.name, job.weights.stored_name(result.name)
-        writer.add_linear(result.name, q, job.plan.specs[name], job.recipe.checkpoint_format)
+        with solver.clock("write"):
+            writer.add_linear(result.name, q, job.plan.specs[name], job.recipe.checkpoint_format)
         found[name] = result, q
     results = [result for result, _ in found.values()]
-    writer.done({"block": index, "layers": [asdict(result) for result in results]}, [result.name for result in results])
+    with solver.clock("write"):
+        writer.done({"block": index, "layers": [asdict(result) for result in results]}, [result.name for result in results])
     return found
 
 
@@ -167,12 +190,25 @@ class Streams(NamedTuple):
     start: BlockInputs | None = None
 
 
-def start_streams(job: Job, tokens: torch.Tensor) -> Streams:
+def activation_store(job: Job, out: pathlib.Path) -> Store:
+    """Half of the memory that is there may hold activations, unless the user says how much; the rest goes to a file."""
+    asked = job.config.activation_memory
+    host = available_memory() // 2 if asked is None else int(asked * 1e9)
+    device = torch.cuda.mem_get_info(job.device)[0] // 2 if job.device.type == "cuda" else 0
+    return Store(out.absolute().parent, host, device)
+
+
+def start_streams(job: Job, tokens: torch.Tensor, store: Store) -> Streams:
     """All streams before the first block. tokens: [samples, seq_len]."""
     samples, length = tokens.shape
     # Small enough that the text falls into folds even when there is little of it.
     batch = max(1, min(TOKENS_PER_BATCH // length, samples // selection.FOLDS))
-    inputs = record_inputs(job.empty, job.blocks_name, job.blocks, job.weights, tokens, batch, job.dtype, job.device)
+    if -(-samples // batch) < distributed.size():
+        raise FoemError(
+            f"{distributed.size()} processes share {-(-samples // batch)} batches of calibration text; use fewer processes or "
+            "more --samples"
+        )
+    inputs = record_inputs(job.empty, job.blocks_name, job.blocks, job.weights, tokens, batch, job.dtype, job.device, store)
     recipe = job.recipe
     return Streams(
         inputs,
@@ -181,17 +217,36 @@ def start_streams(job: Job, tokens: torch.Tensor) -> Streams:
     )
 
 
+def collected(stream: BlockInputs) -> BlockInputs:
+    """The first process gets the batches of all."""
+    if distributed.size() == 1:
+        return stream
+    shapes = distributed.gathered([tuple(h.shape) for h in stream.hidden])
+    found, first = Batches(stream.hidden.store), stream.hidden[0]
+    for batch in range(len(shapes[0])):
+        for process, of in enumerate(shapes):
+            if batch < len(of):
+                mine = stream.hidden[batch] if process == distributed.rank() else None
+                got = distributed.sent(mine, process, lambda shape=of[batch]: first.new_empty(shape))
+                found.append(got) if got is not None else None
+    return BlockInputs(found, stream.calls)
+
+
 def tune(
     job: Job, streams: Streams, codes: dict[str, Quantized], writer: Writer, step: Callable[[str], None]
 ) -> dict[str, float]:
-    """Tune the scales of the whole model end to end and write them down; returns Report.tuning."""
+    """Tune the scales of the whole model end to end and write them down; returns Report.tuning. The first process does it alone,
+    on the text of all."""
+    start, original = (collected(stream) for stream in (streams.start, streams.original))
+    if distributed.rank() != 0:
+        return {}
     tuned = endtoend.tune_scales(
         job.empty,
         job.blocks,
         job.blocks_name,
         job.weights,
-        streams.start,
-        streams.original.hidden,
+        start,
+        original.hidden,
         codes,
         job.plan.specs,
         job.dtype,

@@ -46,6 +46,7 @@ class QuantizeConfig:
 
     bits_per_weight: what the quantized linears may take on average, scales included; bits are then chosen for each (sensitivity).
 
+    activation_memory: GB of host memory for activations, None for half of what is free; the others wait in a file.
     calibration: hub data set or file; samples sequences of seq_len tokens, chosen by seed. device: None for CUDA where present.
     checkpoint_format: None for "gptq" when symmetric and "gptq_v2" when not. exclude: regexes of modules left as they are.
     lm_head: the output head too.
@@ -69,6 +70,7 @@ class QuantizeConfig:
     seq_len: int = 2048
     seed: int = 0
     device: str | None = None
+    activation_memory: float | None = None
     checkpoint_format: str | None = None
     exclude: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
@@ -189,7 +191,7 @@ def resolve(config: QuantizeConfig) -> Recipe:
 
 
 def _tidy(stated: dict) -> dict:
-    for name in ("device", "trust_remote_code", "checkpoint_format"):
+    for name in ("device", "activation_memory", "trust_remote_code", "checkpoint_format"):
         stated.pop(name)
     if stated["calibration"] and pathlib.Path(stated["calibration"]).exists():
         stated["calibration"] = pathlib.Path(stated["calibration"]).name  # a local path says nothing elsewhere

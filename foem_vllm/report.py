@@ -40,7 +40,8 @@ class LayerResult:
 class Report:
     """layers: in the order they were solved. skipped: parameters left unquantized, with the reason. seconds: wall time.
     tuning: KL(original || quantized) on calibration text that the scales were not tuned on, before and after, nats a token.
-    model: what was quantized, see `source_name`. chosen_bits: see `sensitivity.choose_bits`, None where nothing was to choose."""
+    model: what was quantized, see `source_name`. memory: bytes at most, in host memory and on the GPU. chosen_bits: see
+    `sensitivity.choose_bits`, None where nothing was to choose."""
 
     recipe: dict
     layers: list[LayerResult] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, float] | None = None
     model: str = ""
+    memory: dict[str, int] = field(default_factory=dict)
     chosen_bits: dict | None = None
 
     @classmethod
@@ -74,6 +76,7 @@ class Report:
             "recipe": self.recipe,
             "environment": environment,
             "seconds": self.seconds,
+            "memory": self.memory,
             "tuning": self.tuning,
             "chosen_bits": self.chosen_bits,
             "by_kind": by_kind(self.layers),

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from foem_vllm import capture, selection
-from foem_vllm.format import QuantSpec, dequantize
+from foem_vllm import capture, distributed, selection
+from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
 from foem_vllm.solver import Solved, SolverConfig, solve
@@ -45,6 +45,7 @@ def settle(
         choice = selection.choose(W, folds, spec, solver, recipe.auto, strength)
         solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
     descent = selection.descent_helps(W, folds, spec, solver, strength) if solver.descent else None
+    strength, choice, descent, solver = distributed.agreed((strength, choice, descent, solver))
     solver = replace(solver, descent=bool(descent))
     return Settled(solver, folds, recipe.solver.damping, strength, choice, descent)
 
@@ -56,6 +57,19 @@ class SolvedRows(NamedTuple):
     after: torch.Tensor
     losses: torch.Tensor
     sizes: torch.Tensor
+
+
+def solve_shared(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled) -> SolvedRows:
+    """`solve_rows` of the whole matrix, some rows by each process."""
+    if distributed.size() == 1:
+        return solve_rows(W, means, spec, settled)
+    n = len(W)
+    mine = torch.arange(n, device=W.device)[distributed.share(n)]
+    part = solve_rows(W[mine], means, spec, replace(settled, folds=selection.of_rows(settled.folds, mine)))
+    solved = part.solved._replace(
+        quantized=Quantized(*(t if t is None or t.ndim == 1 else distributed.joined(t, n) for t in part.solved.quantized))
+    )
+    return SolvedRows(solved, *(distributed.joined(t, n) for t in (part.after, part.losses, part.sizes)))
 
 
 def solve_rows(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled) -> SolvedRows:

@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from foem_vllm import distributed
 from foem_vllm.errors import FoemError
 from foem_vllm.integrity import read_header, weight_files
+from foem_vllm.store import Batches, Store
 
 
 class Weights:
@@ -96,12 +98,12 @@ class BlockInputs:
 
     in_tuple = False
 
-    def __init__(self, hidden: list[torch.Tensor], calls: list[dict[int, tuple[tuple, dict]]]):
-        self.hidden, self.calls = hidden, calls
+    def __init__(self, hidden: list[torch.Tensor] | Batches, calls: list[dict[int, tuple[tuple, dict]]]):
+        self.hidden, self.calls = hidden if isinstance(hidden, Batches) else Batches(Store(), hidden), calls
 
     def fork(self) -> BlockInputs:
         """A second stream from the same start (the list is copied, the tensors are shared and never written to)."""
-        return BlockInputs(list(self.hidden), self.calls)
+        return BlockInputs(self.hidden.fork(), self.calls)
 
     def call(self, index: int, block: nn.Module, batch: int) -> torch.Tensor:
         """The output of `block`, as block number `index`, on a batch."""
@@ -140,8 +142,10 @@ def record_inputs(
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    store: Store | None = None,
 ) -> BlockInputs:
-    """Run what comes before the blocks (embeddings, positions, masks) on tokens [S, T] and note how every block is called.
+    """Run what comes before the blocks (embeddings, positions, masks) on tokens [S, T], or this process's share of them, and note
+    how every block is called.
 
     The blocks themselves are replaced by recorders that hand the hidden states on, so none is loaded; masks and positions may
     differ from block to block (sliding windows) but not with the content, since all sequences are equally long.
@@ -155,7 +159,7 @@ def record_inputs(
     }
     fill_outer(model, blocks_name, weights, outer, dtype, device)
     calls: list[dict[int, tuple[tuple, dict]]] = [{} for _ in blocks]
-    hidden: list[torch.Tensor] = []
+    hidden = Batches(store or Store())
     shape, in_tuple = None, False  # of the hidden states; whether the model takes them out of a tuple that blocks return
 
     def recorder(index: int) -> Callable:
@@ -181,7 +185,7 @@ def record_inputs(
     for i, block in enumerate(blocks):
         block.forward = recorder(i)
     try:
-        for number, batch in enumerate(tokens.split(batch_size)):
+        for number, batch in enumerate(tokens.split(batch_size)[distributed.rank() :: distributed.size()]):
             while len(hidden) == number:  # twice where in_tuple had to be learned
                 with contextlib.suppress(StopForward):
                     model(input_ids=batch.to(device), use_cache=False)

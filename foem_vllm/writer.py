@@ -19,6 +19,7 @@ from collections.abc import Iterable
 import torch
 from safetensors import SafetensorError, safe_open
 
+from foem_vllm import distributed
 from foem_vllm.checkpoint import digest, read_report, verify
 from foem_vllm.errors import FoemError
 from foem_vllm.format import TENSORS, FormatConfig, Quantized, QuantSpec, pack, stored_shapes, unpack
@@ -135,6 +136,7 @@ class Writer:
             for entry in found:
                 self.digests.update(entry["digests"])
         self._files = {name: os.open(self.folder / name, os.O_RDWR) for name in shards}
+        distributed.agreed(self.entries)
 
     def _lock(self, identity: dict) -> list[dict] | None:
         """Entries of the journal that is there, compared with `identity`; None when there are none. Locks it for this process."""
@@ -221,7 +223,7 @@ class Writer:
         q = unpack(tensors, spec, checkpoint_format, module)
         if digest(q, spec) != self.digests[module]:
             raise FoemError(f"{module}: damaged in {self.folder}; remove {self.partial} and start again")
-        return q
+        return distributed.agreed(q)
 
     def finish(self, source: pathlib.Path, config: dict, quantization: FormatConfig, report: dict) -> None:
         """Write config, index, reports and model card, copy the tokenizer's files, verify, rename.
@@ -267,6 +269,28 @@ class Writer:
         for file in self._files.values():
             os.close(file)
         self._files = {}
+
+
+class Silent:
+    """Stands for the writer in processes other than the first, which alone writes: what that found of an earlier run is known
+    here too."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def open(self, *_) -> None:
+        self.entries = distributed.agreed(None)
+
+    def read_linear(self, *_) -> Quantized:
+        return distributed.agreed(None)
+
+    def add(self, *_) -> None:
+        pass
+
+    add_linear = done = finish = add
 
 
 def _belongs(file: pathlib.Path) -> bool:
