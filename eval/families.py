@@ -6,7 +6,8 @@
 Every family is quantized with a preset on a little text and served with `--quantization foem`, in float32 and in bfloat16. The
 reference is transformers with the dequantized weights in float32. Equal: in float32 every log-probability is within SAME of it,
 and so is every greedy token's from that of the best one. What bfloat16 does stands beside what it does to transformers; where
-experts are routed it may be much, because a token that is nearly undecided between two of them may go to the other one.
+experts are routed it may be much, because a token that is nearly undecided between two of them may go to the other one. The
+vision-language model is asked with an image too; what reads the image stays as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from foem_eval.dequantized import dequantized_folder  # noqa: E402
 from foem_eval.provenance import provenance  # noqa: E402
 from tiny_models import CALIBRATION, CONFIGS, EVALUATION, MOE_CONFIGS, TINYLM, write_model  # noqa: E402
+from tiny_vision import PROMPT, image, pixels, write_vision_model  # noqa: E402
 
 from foem_vllm import QuantizeConfig, quantize  # noqa: E402
 from foem_vllm.errors import FoemError  # noqa: E402
@@ -46,10 +48,12 @@ FAMILIES = {
     "falcon": "Falcon",
     "qwen3_moe": "Qwen3-MoE",
     "mixtral": "Mixtral",
+    "idefics3": "Idefics3",
 }
 SERVER = ROOT / "eval/foem_eval/peers/vllm_offline.py"
 TEXTS, LENGTH, NEW_TOKENS = 4, 64, 16
 SAME = 1e-4  # nats
+VISION = ("idefics3",)
 WIDER = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -75,14 +79,20 @@ def token_ids() -> torch.Tensor:
     return torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:LENGTH] for line in lines])
 
 
-@torch.no_grad()
-def logprobs(folder: pathlib.Path, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
-    """[sequences, length, vocabulary] of transformers with the dequantized weights."""
-    from transformers import AutoModelForCausalLM
+def load(folder: pathlib.Path, dtype: torch.dtype) -> torch.nn.Module:
+    """transformers' model with the dequantized weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     with dequantized_folder(folder, torch.float32) as plain:
-        model = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).eval()
-    return model(ids).logits.float().log_softmax(-1)
+        auto = AutoModelForImageTextToText if folder.name in VISION else AutoModelForCausalLM
+        return auto.from_pretrained(plain, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def logprobs(model: torch.nn.Module, ids: torch.Tensor, seen: dict) -> torch.Tensor:
+    """[sequences, length, vocabulary]; seen: what the model takes beside token ids."""
+    seen = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in seen.items()}
+    return model(input_ids=ids, **seen).logits.float().log_softmax(-1)
 
 
 def chosen(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -92,25 +102,31 @@ def chosen(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def compare(folder: pathlib.Path, served: dict[str, dict], ids: torch.Tensor) -> dict:
     """How far vLLM is from transformers, in nats: a token's log-probability at most; the worst greedy token from the best one."""
-    exact = chosen(logprobs(folder, torch.float32, ids), ids)
-    far = {dtype: float((torch.tensor(answer["logprobs"]) - exact).abs().max()) for dtype, answer in served.items()}
-    whole = torch.cat([ids, torch.tensor(served["float32"]["greedy"])], 1)
-    later = logprobs(folder, torch.float32, whole)[:, LENGTH - 1 : -1]
-    regret = float((later.max(-1).values - later.gather(2, whole[:, LENGTH:, None])[..., 0]).max())
-    return {
-        "difference": far["float32"],
-        "regret": regret,
-        "equal": max(far["float32"], regret) <= SAME,
-        "bfloat16": far["bfloat16"],
-        "transformers_bfloat16": float((chosen(logprobs(folder, torch.bfloat16, ids), ids) - exact).abs().max()),
-    }
+    asked = {"": (ids, {}, served)}
+    if folder.name in VISION:
+        by_dtype = {dtype: {key: [value] for key, value in answer["image"].items()} for dtype, answer in served.items()}
+        asked["image_"] = torch.tensor(by_dtype["float32"]["ids"]), pixels(folder, image()), by_dtype
+    exact_model, rounded_model = load(folder, torch.float32), load(folder, torch.bfloat16)
+    row = {}
+    for prefix, (tokens, seen, answers) in asked.items():
+        exact = chosen(logprobs(exact_model, tokens, seen), tokens)
+        far = {dtype: float((torch.tensor(answer["logprobs"]) - exact).abs().max()) for dtype, answer in answers.items()}
+        whole = torch.cat([tokens, torch.tensor(answers["float32"]["greedy"])], 1)
+        length = tokens.shape[1]
+        later = logprobs(exact_model, whole, seen)[:, length - 1 : -1]
+        regret = float((later.max(-1).values - later.gather(2, whole[:, length:, None])[..., 0]).max())
+        rounded = float((chosen(logprobs(rounded_model, tokens, seen), tokens) - exact).abs().max())
+        found = {"difference": far["float32"], "regret": regret, "bfloat16": far["bfloat16"], "transformers_bfloat16": rounded}
+        row |= {prefix + key: value for key, value in found.items()}
+    row["equal"] = max(row[prefix + key] for prefix in asked for key in ("difference", "regret")) <= SAME
+    return row
 
 
-def serve(names: list[str], work: pathlib.Path, dtype: str) -> dict[str, dict]:
+def serve(names: list[str], work: pathlib.Path, dtype: str, **options) -> dict[str, dict]:
     """{checkpoint: what one vLLM process says of it, see SERVER}; "refused" has the process's last line where it died."""
     for name in names:
         (work / f"{name}.json").write_text("{}")
-    options = {"quantization": "foem", "dtype": dtype, "new_tokens": NEW_TOKENS}
+    options |= {"quantization": "foem", "dtype": dtype, "new_tokens": NEW_TOKENS}
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     command = [sys.executable, str(SERVER), str(work), str(work), json.dumps(options), *names]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -121,9 +137,10 @@ def serve(names: list[str], work: pathlib.Path, dtype: str) -> dict[str, dict]:
 def run(names: list[str], work: pathlib.Path, preset: str) -> dict[str, dict]:
     """{family: row}: quantize, serve, compare."""
     ids, rows = token_ids(), {}
-    save_file({"texts": ids}, work / "tokens.safetensors")
+    save_file({"texts": ids, "image": image()}, work / "tokens.safetensors")
     for name in names:
-        model = write_model(work / f"{name}-model", name, **changes(name))
+        source = work / f"{name}-model"
+        model = write_vision_model(source) if name in VISION else write_model(source, name, **changes(name))
         config = QuantizeConfig(
             preset=preset, bits=4, group_size=32, calibration=str(CALIBRATION), samples=32, seq_len=64, device="cpu"
         )
@@ -134,8 +151,10 @@ def run(names: list[str], work: pathlib.Path, preset: str) -> dict[str, dict]:
             continue
         rows[name] = {"linears": len(report.layers)}
     ready = [name for name in names if "refused" not in rows[name]]
-    for same in ([n for n in ready if n not in MOE_CONFIGS], [n for n in ready if n in MOE_CONFIGS]):  # vLLM asks for that
-        answers = {dtype: serve(same, work, dtype) for dtype in ("float32", "bfloat16")} if same else {}
+    plain = [n for n in ready if n not in MOE_CONFIGS and n not in VISION]
+    for same in (plain, [n for n in ready if n in MOE_CONFIGS], [n for n in ready if n in VISION]):  # vLLM asks for that
+        options = {"image_prompt": PROMPT} if set(same) & set(VISION) else {}
+        answers = {dtype: serve(same, work, dtype, **options) for dtype in ("float32", "bfloat16")} if same else {}
         for name in same:
             served = {dtype: answers[dtype][name] for dtype in answers}
             refused = [f"{dtype}: {answer['refused']}" for dtype, answer in served.items() if "refused" in answer]
@@ -156,9 +175,11 @@ def table(results: dict) -> str:
             lines.append(f"| {title} | {row.get('linears', '')} | | | {row['refused']} | | |")
         else:
             said = "equal" if row["equal"] else "**different**"
-            far, regret = (f"{row[key]:.1e}" for key in ("difference", "regret"))
-            rounded = f"{row['bfloat16']:.3f} | {row['transformers_bfloat16']:.3f}"
-            lines.append(f"| {title} | {row['linears']} | {far} | {regret} | {said} | {rounded} |")
+            for prefix, asked in (("", ""), ("image_", ", asked with an image")):
+                if prefix + "regret" in row:
+                    far, regret = (f"{row[prefix + key]:.1e}" for key in ("difference", "regret"))
+                    rounded = " | ".join(f"{row[prefix + key]:.3f}" for key in ("bfloat16", "transformers_bfloat16"))
+                    lines.append(f"| {title}{asked} | {row['linears']} | {far} | {regret} | {said} | {rounded} |")
     return "\n".join(
         [
             *lines,

@@ -3,11 +3,12 @@
     python vllm_offline.py FOLDER OUT OPTIONS NAME...
 
 FOLDER/NAME are checkpoints, FOLDER/tokens.safetensors holds `texts` int64 [sequences, length], OPTIONS (JSON) goes to vLLM's LLM,
-but for `new_tokens` (1) and `streams` (false). Writes OUT/NAME.json: `logprobs` of every token of the texts given those before
-it, `greedy` tokens that follow, or `refused` with the error; {} as long as it is at work, so that is left where the process died
-of a checkpoint. With `streams` also OUT/NAME.safetensors: `streams` float32 [blocks + 1, length, hidden], the residual stream of
-the first text before the first decoder block and behind every one. The only module of foem_eval that imports vLLM: it is always
-run as a process of its own.
+but for `new_tokens` (1), `streams` (false) and `image_prompt`. Writes OUT/NAME.json: `logprobs` of every token of the texts given
+those before it, `greedy` tokens that follow, or `refused` with the error; {} as long as it is at work, so that is left where the
+process died of a checkpoint. With `streams` also OUT/NAME.safetensors: `streams` float32 [blocks + 1, length, hidden], the
+residual stream of the first text before the first decoder block and behind every one. With `image_prompt`, a text that names an
+image, also `image` {ids, logprobs, greedy} of it and of `image` uint8 [height, width, 3] in tokens.safetensors. The only module
+of foem_eval that imports vLLM: it is always run as a process of its own.
 """
 from __future__ import annotations
 
@@ -42,20 +43,30 @@ def streams(model: torch.nn.Module) -> torch.Tensor:
     return torch.stack(model.streams)
 
 
-def serve(checkpoint: pathlib.Path, options: dict, texts: list[list[int]], record: pathlib.Path) -> dict[str, list]:
-    options = dict(options)
+def answer(output) -> dict[str, list[int] | list[float]]:
+    ids = list(output.prompt_token_ids)
+    return {"ids": ids, "logprobs": [chances[token].logprob for token, chances in zip(ids[1:], output.prompt_logprobs[1:])],
+            "greedy": list(output.outputs[0].token_ids)}
+
+
+def serve(checkpoint: pathlib.Path, options: dict, tokens: dict[str, torch.Tensor], record: pathlib.Path) -> dict:
+    options, texts = dict(options), tokens["texts"].tolist()
     new_tokens, watched = options.pop("new_tokens", 1), options.pop("streams", False)
+    image_prompt = options.pop("image_prompt", None)
     length = len(texts[0]) + new_tokens + 7
     llm = LLM(str(checkpoint), max_model_len=length, max_num_seqs=len(texts), seed=0, max_num_batched_tokens=len(texts) * length,
               num_gpu_blocks_override=8 * len(texts), **{"enforce_eager": True, **options})
     asked = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in texts], asked, use_tqdm=False)
+    answers = [answer(o) for o in llm.generate([{"prompt_token_ids": ids} for ids in texts], asked, use_tqdm=False)]
+    found = {key: [a[key] for a in answers] for key in ("logprobs", "greedy")}
+    if image_prompt:
+        request = {"prompt": image_prompt, "multi_modal_data": {"image": tokens["image"].numpy()}}
+        found["image"] = answer(llm.generate(request, asked, use_tqdm=False)[0])
     if watched:
         llm.apply_model(watch)
         llm.generate([{"prompt_token_ids": texts[0]}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         save_file({"streams": llm.apply_model(streams)[0]}, record)
-    return {"logprobs": [[chances[token].logprob for token, chances in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:])]
-                         for o in outputs], "greedy": [list(o.outputs[0].token_ids) for o in outputs]}
+    return found
 
 
 def reason(error: BaseException) -> str:
@@ -67,12 +78,12 @@ def reason(error: BaseException) -> str:
 
 def main() -> None:
     folder, out, options = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
-    texts = load_file(folder / "tokens.safetensors")["texts"].tolist()
+    tokens = load_file(folder / "tokens.safetensors")
     for name in sys.argv[4:]:
         result = out / f"{name}.json"
         result.write_text("{}")
         try:
-            found = serve(folder / name, options, texts, out / f"{name}.safetensors")
+            found = serve(folder / name, options, tokens, out / f"{name}.safetensors")
         except Exception as error:  # whatever it is, it is why vLLM does not serve this checkpoint
             found = {"refused": reason(error)}
         result.write_text(json.dumps(found))
