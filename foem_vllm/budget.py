@@ -21,19 +21,25 @@ from foem_vllm.spec import BITS, QuantSpec
 CLEAR_GAIN = 0.1  # of the expected loss: within it, what one width everywhere loses is not known to be more
 STATES = 1 << 14  # sums that are kept apart; models are built of equal blocks, so there are seldom as many
 
+Linear = tuple[QuantSpec, int, int]  # with outputs and inputs
+
 
 @dataclass(frozen=True)
 class Group:
     """Linears that are served together, hence with the same bits.
 
-    names: in full. weights: how many. stored: {bits: what all tensors of the linears take in the checkpoint, in bits}.
-    loss: {bits: how much they are expected to add to KL(original || quantized), nats a token}.
+    names: in full. weights: how many. stored: {bits: what all tensors of the linears take in the checkpoint, in bits}, of one
+    width only where there is nothing to choose. loss: {bits: what they are expected to add to KL(original || quantized), nats}.
     """
 
     names: tuple[str, ...]
     weights: int
     stored: Mapping[int, int]
     loss: Mapping[int, float]
+
+    def width(self, bits: int) -> int:
+        """What the group takes when everything that can takes `bits`."""
+        return bits if bits in self.stored else next(iter(self.stored))
 
     def __add__(self, other: Group) -> Group:
         stored = {bits: size + other.stored[bits] for bits, size in self.stored.items()}
@@ -57,11 +63,12 @@ def stored_bits(spec: QuantSpec, n: int, k: int) -> int:
     return sum((32 if dtype is torch.int32 else 16) * math.prod(shape) for shape, dtype in stored_shapes(spec, k, n).values())
 
 
-def check(linears: Iterable[tuple[QuantSpec, int, int]], bits_per_weight: float) -> None:
-    """FoemError when the linears, as (spec, n, k), cannot take that many bits a weight on average."""
-    linears = list(linears)
-    weights = sum(n * k for _, n, k in linears)
-    low, high = (sum(stored_bits(replace(s, bits=b), n, k) for s, n, k in linears) / weights for b in (BITS[0], BITS[-1]))
+def check(chosen: Iterable[Linear], fixed: Iterable[Linear], bits_per_weight: float) -> None:
+    """FoemError when linears cannot take that many bits a weight on average; fixed: those that keep their spec's bits."""
+    chosen, fixed = list(chosen), list(fixed)
+    weights = sum(n * k for _, n, k in chosen + fixed)
+    rest = sum(stored_bits(*linear) for linear in fixed)
+    low, high = ((rest + sum(stored_bits(replace(s, bits=b), n, k) for s, n, k in chosen)) / weights for b in (BITS[0], BITS[-1]))
     if not low <= bits_per_weight <= high:
         low, high = math.ceil(low * 1e4) / 1e4, math.floor(high * 1e4) / 1e4
         raise FoemError(
@@ -77,12 +84,13 @@ def choose(groups: list[Group], bits_per_weight: float) -> Choice:
     """
     weights = sum(g.weights for g in groups)
     budget = math.floor(bits_per_weight * weights)
-    uniform = [b for b in BITS if sum(g.stored[b] for g in groups) <= budget]
+    uniform = [b for b in BITS if sum(g.stored[g.width(b)] for g in groups) <= budget]
     bits, plain = tuple(least(groups, budget)), None
     if uniform:
-        plain = uniform[-1], sum(g.loss[uniform[-1]] for g in groups)
+        same = tuple(g.width(uniform[-1]) for g in groups)
+        plain = uniform[-1], sum(g.loss[b] for g, b in zip(groups, same))
         if sum(g.loss[b] for g, b in zip(groups, bits)) >= (1 - CLEAR_GAIN) * plain[1]:
-            bits = (plain[0],) * len(groups)
+            bits = same
     stored, loss = (sum(values) for values in zip(*((g.stored[b], g.loss[b]) for g, b in zip(groups, bits))))
     return Choice(bits, stored / weights, loss, plain)
 
@@ -136,10 +144,15 @@ def rules(specs: Mapping[str, QuantSpec], base: QuantSpec) -> dict[str, dict]:
     >>> rules({"h.0.mlp.gate_proj": eight, "h.0.mlp.up_proj": eight, "h.0.o_proj": four, "h.1.o_proj": eight}, four)
     {'h\\\\.0\\\\.mlp\\\\.(gate_proj|up_proj|gate_up_proj)$': {'bits': 8}, 'h\\\\.1\\\\.o_proj$': {'bits': 8}}
     """
+    found: dict[str, dict] = {}
     layers: dict[tuple[str, str, str, int], list[str]] = {}  # (before the layer's number, module, linear, bits) -> numbers
     for name, spec in specs.items():
         if spec.bits != base.bits:
-            start, number, rest = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name).groups()
+            layer = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)
+            if layer is None:  # the output head
+                found[re.escape(name) + "$"] = {"bits": spec.bits}
+                continue
+            start, number, rest = layer.groups()
             module, _, last = rest.rpartition(".")
             module = re.sub(r"(experts)\\\.\d+$", r"\1\\.[0-9]+", re.escape(module))
             numbers = layers.setdefault((start, module, last, spec.bits), [])
@@ -148,7 +161,6 @@ def rules(specs: Mapping[str, QuantSpec], base: QuantSpec) -> dict[str, dict]:
     kinds: dict[tuple, list[str]] = {}
     for (start, module, last, bits), numbers in layers.items():
         kinds.setdefault((start, tuple(numbers), module, bits), []).append(last)
-    found = {}
     for (start, numbers, module, bits), names in kinds.items():
         names = [*names, *(fused for fused, members in FUSED.items() if set(members) <= set(names))]
         parts = [re.escape(start), any_of(numbers), *([module] if module else []), any_of(names)]

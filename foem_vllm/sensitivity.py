@@ -22,7 +22,7 @@ from foem_vllm.job import Job
 from foem_vllm.layers import EXPERT, EXPERT_NAMES
 from foem_vllm.selection import FOLDS, ROWS, spread
 from foem_vllm.solver import solve
-from foem_vllm.spec import BITS
+from foem_vllm.spec import BITS, QuantSpec
 from foem_vllm.stream import BlockInputs
 
 DOWN = {down for _, _, down in EXPERT_NAMES}
@@ -81,10 +81,20 @@ def measure(job: Job, inputs: BlockInputs) -> list[budget.Group]:
                 expected(job, members, rates, moments, judge),
             )
             found[key] = found[key] + one if key in found else one
-    return list(found.values())
+    return [*found.values(), *output_head(job)]
 
 
-def spec_of(job: Job, bits: int):
+def output_head(job: Job) -> list[budget.Group]:
+    """The head, where the plan has it: it keeps its bits, and nothing is expected of its errors."""
+    if not job.plan.head:
+        return []
+    spec, weight = job.plan.specs[job.plan.head], job.empty.get_submodule(job.plan.head).weight
+    return [
+        budget.Group((job.plan.head,), weight.numel(), {spec.bits: budget.stored_bits(spec, *weight.shape)}, {spec.bits: 0.0})
+    ]
+
+
+def spec_of(job: Job, bits: int) -> QuantSpec:
     return replace(job.recipe.spec, bits=bits)
 
 
