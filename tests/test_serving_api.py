@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,9 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "kernels"))
+
+import bench_serve  # noqa: E402
 from serving import CHUNK, NEW_TOKENS, TOGETHER, Dense, documents, same_up_to_ties  # noqa: E402
 
 IDS = {"return_tokens_as_token_ids": True, "return_token_ids": True}
@@ -203,6 +207,13 @@ def test_sleep_is_only_a_pause_on_a_cpu(server, client, prompts, one_by_one):
     server.post("/wake_up")
     assert "sleep mode is not supported on CPU" in server.said()
     assert complete(client, prompts[4]).choices[0].text == one_by_one[4].text
+
+
+def test_vllm_bench_serve(server, tmp_path):
+    """vLLM's own load generator gets every answer in full, and kernels/bench_serve.py reads its report."""
+    row = bench_serve.bench(server.url, "tinylm", TOGETHER, 2 * TOGETHER, tmp_path, prompt=40, output=12)
+    assert row["together"] == TOGETHER and row["completed"] == 2 * TOGETHER and row["total_output_tokens"] == 24 * TOGETHER
+    assert 0 < row["median_ttft_ms"] < 1000 * row["duration"] and row["output_throughput"] > 0
 
 
 def write_adapter(folder: pathlib.Path, model: pathlib.Path, targets: tuple[str, ...], seed: int) -> pathlib.Path:
