@@ -85,6 +85,8 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     hf_config = models.load_config(folder, config.trust_remote_code)
     device = pick_device(config.device)
     weights = Weights(folder)
+    if stored_as := json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config"):
+        weights.read_8_bits(stored_as)
     stored = stored_dtype(weights)
     dtype = compute_dtype(device, stored)
     empty = models.build_empty(hf_config, dtype, config.trust_remote_code)

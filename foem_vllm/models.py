@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from foem_vllm import fp8
 from foem_vllm.errors import FoemError
 from foem_vllm.stream import Weights
 
@@ -52,7 +53,7 @@ def resolve(model: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
-    """The transformers config of an unquantized causal LM, or image-text model with one; FoemError when it is something else."""
+    """The transformers config of a causal LM, or image-text model with one, in 8 bits or more; FoemError when it is none."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -61,8 +62,7 @@ def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
     except ValueError as error:
         raise FoemError(f"{folder / 'config.json'}: not valid JSON ({error}); download it again") from None
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise FoemError(f"{folder}: the weights are already quantized ({method}); start from the original model")
+        fp8.block_size(raw["quantization_config"], str(folder))  # refuses what is not read here
     if raw.get("auto_map") and not trust_remote_code:
         raise FoemError(f"{folder}: the model brings its own Python code; read it, then pass --trust-remote-code")
     try:
@@ -75,8 +75,10 @@ def load_config(folder: pathlib.Path, trust_remote_code: bool = False):
     architectures = config.architectures or []
     if not (raw.get("auto_map") or not architectures or causal & set(architectures) or sees_images(config)):
         raise FoemError(
-            f"{folder}: {architectures[0]} is neither a causal language model nor an image-text model; only those can be quantized"
+            f"{folder}: {architectures[0]} is not a causal language model, nor an image-text one; only those can be quantized"
         )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 
@@ -137,7 +139,7 @@ def adapt_names(model: nn.Module, weights: Weights) -> None:
 
 
 def drop_towers(model: nn.Module) -> list[str]:
-    """Take everything beside the language model out of an image-text model, which then takes text only; names of what was there."""
+    """Take everything but the language model out of an image-text model, which then takes text only; names of what it was."""
     if not sees_images(model.config):
         return []
     outer, decoder = getattr(model, model.base_model_prefix), model.get_decoder()

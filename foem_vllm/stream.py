@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from foem_vllm import distributed
+from foem_vllm import distributed, fp8
 from foem_vllm.errors import FoemError
 from foem_vllm.integrity import read_header, weight_files
 from foem_vllm.store import Batches, Store
@@ -20,7 +20,8 @@ from foem_vllm.store import Batches, Store
 class Weights:
     """The tensors of a folder of safetensors files, read one at a time by name. stored: what those are called in the files that
     go by another name here. headers: (safetensors dtype, shape) of each by the name that it is written under. transposed: weights
-    that are stored [K, N], and are filled in as those of linears."""
+    that are stored [K, N], and are filled in as those of linears. scales: (file, name) of the scales of weights in 8 bits, by
+    the weights' names in the files."""
 
     def __init__(self, folder: pathlib.Path):
         found = {path: read_header(path) for path in weight_files(folder)}
@@ -29,6 +30,8 @@ class Weights:
         self.stored: dict[str, str] = {}
         self.renamed: set[str] = set()
         self.transposed: set[str] = set()
+        self.scales: dict[str, tuple[pathlib.Path, str]] = {}
+        self.block: tuple[int, int] | None = None
 
     def rename(self, old: str, new: str) -> None:
         """Let names that begin with `old` begin with `new`."""
@@ -54,8 +57,29 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         if name not in self.files:
             raise FoemError(f"{name}: not among the model's weights; the files and config.json belong to different models")
-        with safe_open(self.files[name], "pt") as f:
-            return f.get_tensor(self.stored.get(name, name))
+        stored = self.stored.get(name, name)
+        value = _tensor(self.files[name], stored)
+        if stored not in self.scales:
+            return value
+        return fp8.dequantized(name, value, _tensor(*self.scales[stored]), self.block)
+
+    def read_8_bits(self, config: dict) -> None:
+        """From now on weights in 8-bit floating point are what they stand for, in bfloat16, and their scales are no tensors.
+
+        config: the quantization_config of the files, whose names must not have been changed. Raises FoemError on other kinds.
+        """
+        where = str(next(iter(self.files.values())).parent)
+        self.block = fp8.block_size(config, where)
+        for name, scale in fp8.find_scales(self.headers, where).items():
+            self.scales[name] = self.files[scale], scale
+            self.headers[name] = "BF16", self.headers[name][1]
+        for name in [n for n in self.files if n.rpartition(".")[2] in (*fp8.SCALES, *fp8.OTHERS)]:
+            del self.files[name], self.headers[name]
+
+
+def _tensor(path: pathlib.Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as f:
+        return f.get_tensor(name)
 
 
 def fill(

@@ -1,8 +1,10 @@
 """More of a model than the linears of its blocks: the output head, other layers, other files."""
 
+import functools
 import inspect
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -206,3 +208,63 @@ def test_language_part_of_an_image_text_model(arch, tmp_path):
     expected = solve(layer.weight.detach().double(), x.T @ x / len(x), QuantSpec(4, 32), SolverConfig()).quantized
     got, _ = read_linear(Weights(out), "language_model.model.layers.0.self_attn.q_proj", config)
     assert (got.codes == expected.codes).float().mean() > 0.99
+
+
+def in_8_bits(folder, kind):
+    """(folder with the linears of a model in 8-bit floating point, folder with what they stand for in bfloat16)."""
+    source = write_model(folder / "model", "llama", dtype=torch.bfloat16)
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    small, plain = dict(tensors), dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight, (n, k) = tensors[name].float(), tensors[name].shape
+        if kind == "block":  # of 48 x 40, the last ones smaller
+            rows, columns = torch.arange(n) // 48, torch.arange(k) // 40
+            scale = torch.stack([torch.stack([weight[rows == r][:, columns == c].abs().max() for c in columns.unique()])
+                                 for r in rows.unique()]) / 448  # fmt: skip
+            whole = scale[rows][:, columns]
+        else:
+            scale = (weight.abs().amax(1, keepdim=True) if kind == "row" else weight.abs().max()[None]) / 448
+            whole = scale
+        codes = (weight / whole).to(torch.float8_e4m3fn)
+        module = name.removesuffix("weight")
+        small |= {name: codes, module + ("weight_scale_inv" if kind == "block" else "weight_scale"): scale}
+        small[module + "input_scale"] = torch.ones(1)
+        plain[name] = (codes.double() * whole.double()).to(torch.bfloat16)
+    group = {"weights": {"type": "float", "num_bits": 8, "strategy": "channel" if kind == "row" else "tensor"}}
+    section = {
+        "block": {"quant_method": "fp8", "weight_block_size": [48, 40], "activation_scheme": "dynamic"},
+        "tensor": {"quant_method": "fp8"},
+        "row": {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}},
+    }[kind]
+    for name, stored, extra in (("small", small, {"quantization_config": section}), ("plain", plain, {})):
+        shutil.copytree(source, folder / name)
+        save_file(stored, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps({**config, **extra}))
+    return folder / "small", folder / "plain"
+
+
+@pytest.mark.parametrize("kind", ["block", "row", "tensor"])
+def test_weights_in_8_bits_are_read_as_what_they_stand_for(kind, tmp_path):
+    """The same bytes as from a model that was dequantized before, also of what is left out."""
+    for folder in in_8_bits(tmp_path, kind):
+        quantize(folder, tmp_path / f"{folder.name}-out", QuantizeConfig(**SMALL, preset="balanced", exclude=["o_proj"]))
+    small, plain = (load_file(tmp_path / f"{name}-out/model.safetensors") for name in ("small", "plain"))
+    assert small.keys() == plain.keys() and small["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(small[name], plain[name]) for name in plain)
+    configs = [json.loads((tmp_path / f"{name}-out/config.json").read_text()) for name in ("small", "plain")]
+    assert all(c["quantization_config"]["quant_method"] == "gptq" for c in configs)
+
+
+def test_other_quantized_sources_are_refused(tmp_path):
+    small, _ = in_8_bits(tmp_path, "block")
+    config = json.loads((small / "config.json").read_text())
+    run = functools.partial(quantize, small, tmp_path / "out", QuantizeConfig(method="rtn", group_size=32))
+    tensors = load_file(small / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    save_file(tensors, small / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FoemError, match=r"layers.0.mlp.up_proj.weight is F8_E4M3, but has no weight_scale_inv"):
+        run()
+    for section in ({"quant_method": "awq"}, {"quant_method": "compressed-tensors", "format": "pack-quantized"}):
+        (small / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+        with pytest.raises(FoemError, match="already quantized .*; start from the original model"):
+            run()

@@ -16,7 +16,7 @@ PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foe
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
 ORDER = ["errors", "bits", "spec", "integrity", "format", "serving", "ranks", "expert_parts", "layers", "budget", "stock", "grid",
-         "descent", "solver", "distributed", "clock", "store", "stream", "capture", "experts", "selection",
+         "descent", "solver", "distributed", "clock", "store", "fp8", "stream", "capture", "experts", "selection",
          "calibration", "recipe", "models", "plan", "report", "html_charts", "html_report", "model_card", "checkpoint",
          "hub", "writer", "rows", "block", "endtoend", "job", "sensitivity", "head", "pipeline", "doctor",
          "doctor_report", "analysis_report", "analyze", "cli_options", "cli_measure", "cli", "__main__"]

@@ -98,4 +98,5 @@ def load_dequantized(folder: str | pathlib.Path, dtype: torch.dtype = torch.floa
     from transformers import AutoConfig
     with dequantized_folder(folder, dtype) as plain:
         config = AutoConfig.from_pretrained(plain, trust_remote_code=trust_remote_code)
-        return models.auto_class(config).from_pretrained(plain, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        model = models.auto_class(config).from_pretrained(plain, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
