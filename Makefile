@@ -31,7 +31,7 @@ bench-cpu: setup ## everything timed on a CPU: kernels, solver, loading, vllm se
 	$(RUN) kernels/bench.py --device cpu --budget 1200 $(ARGS)
 	$(RUN) kernels/bench_solver.py
 	$(RUN) kernels/bench_load.py
-	$(RUN) kernels/cpu_serve.py --bind 0-$$(($$(nproc) - 1))
+	$(RUN) kernels/cpu_serve.py --lm-head --bind 0-$$(($$(nproc) - 1))
 
 compile-table: setup ## compile every GPU kernel for sm_80 to sm_100 and note registers, spills, wgmma (no GPU needed; minutes)
 	$(RUN) kernels/compile_table.py $(ARGS)

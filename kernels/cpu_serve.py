@@ -1,10 +1,12 @@
 """Tokens per second of `vllm serve` on a CPU: our plugin beside vLLM's own GPTQ and bf16, on a model shaped like Qwen3-0.6B.
 
-    python kernels/cpu_serve.py [--bind 0-1] [--rounds 3] [--batches 1,4,8] [--work FOLDER] [--out FILE]
+    python kernels/cpu_serve.py [--bind 0-1] [--rounds 3] [--batches 1,4,8] [--lm-head] [--work FOLDER] [--out FILE]
 
 The model is random, made once below --work and quantized by `foem quantize --method rtn` (W4, groups of 128); both servers of
-quantized weights read the same checkpoint. All three run at once, idle but for the one that is asked, and take turns in every
-round; medians. decode: tokens after the first of so many requests together; prefill: prompt tokens until the first answer.
+quantized weights read the same checkpoint. --lm-head adds a server of ours whose checkpoint has the output head quantized too
+(`foem quantize --lm-head`); the embedding that it was tied to stays bf16. All run at once, idle but for the one that is asked,
+and take turns in every round; medians. decode: tokens after the first of so many requests together; prefill: prompt tokens until
+the first answer.
 
 By default vLLM keeps one core for itself and computes with the others; --bind (VLLM_CPU_OMP_THREADS_BIND) says which to use.
 """
@@ -36,19 +38,22 @@ SERVERS = {"foem": ("w4", "foem"), "gptq": ("w4", "gptq"), "bf16": ("bf16", None
 PROMPT, OUTPUT = 32, 48  # tokens, decoding
 LONG = 512  # tokens, prefill
 OURS, NAME = "foem", "model"
+HEAD = {"foem_head": ("w4-head", "foem")}
+QUANTIZED = {"w4": [], "w4-head": ["--lm-head"]}  # folder: options of `foem quantize`
 
 
-def make_models(work: pathlib.Path, shape: dict) -> None:
-    """work/bf16 and work/w4, unless they are there."""
+def make_models(work: pathlib.Path, shape: dict, servers: dict[str, tuple]) -> None:
+    """The folders of the servers below `work`, unless they are there."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
     if not (work / "bf16" / "config.json").exists():
         torch.manual_seed(0)
         config = Qwen3Config(**shape, dtype="bfloat16", bos_token_id=None, eos_token_id=0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(work / "bf16")
-    if not (work / "w4" / "config.json").exists():
-        processes.run([processes.tool("foem"), "quantize", str(work / "bf16"), str(work / "w4"), "--method", "rtn", "--quiet"],
-                      work / "quantize.log")
+    for folder in {folder for folder, _ in servers.values()} & set(QUANTIZED):
+        if not (work / folder / "config.json").exists():
+            processes.run([processes.tool("foem"), "quantize", str(work / "bf16"), str(work / folder), "--method", "rtn",
+                           "--quiet", *QUANTIZED[folder]], work / "quantize.log")
 
 
 def seconds(url: str, batch: int, length: int, tokens: int) -> float:
@@ -112,10 +117,10 @@ def described(log: pathlib.Path) -> dict:
             "cores": re.findall(r"core ids=(\[[\d, ]*\])", said)[-1:]}
 
 
-def serve_all(stack: contextlib.ExitStack, work: pathlib.Path, extra: list[str]) -> dict[str, str]:
+def serve_all(stack: contextlib.ExitStack, servers: dict[str, tuple], work: pathlib.Path, extra: list[str]) -> dict[str, str]:
     """URLs of all servers; they stop with `stack`. One after the other, because starting takes memory and both cores."""
     urls = {}
-    for server, (folder, quantization) in SERVERS.items():
+    for server, (folder, quantization) in servers.items():
         (work / f"{server}.log").unlink(missing_ok=True)
         arguments = ["--skip-tokenizer-init", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "16",
                      "--no-enable-prefix-caching", "--served-model-name", NAME, *extra]
@@ -133,24 +138,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", default="1,4,8", help="numbers of requests together")
     parser.add_argument("--layers", type=int, default=QWEN3_06B["num_hidden_layers"], help="fewer, to try it out")
     parser.add_argument("--eager", action="store_true", help="no torch.compile: starts sooner, decodes slower")
+    parser.add_argument("--lm-head", action="store_true", help="a server with a quantized output head too")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "out" / "serve", help="models (2 GB) and logs")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "eval" / "results" / "serve_cpu.json")
     args = parser.parse_args(argv)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = args.bind
-    work = args.work / f"{args.layers}-layers"
+    work, servers = args.work / f"{args.layers}-layers", SERVERS | (HEAD if args.lm_head else {})
     try:
-        make_models(work, {**QWEN3_06B, "num_hidden_layers": args.layers})
+        make_models(work, {**QWEN3_06B, "num_hidden_layers": args.layers}, servers)
         with contextlib.ExitStack() as stack:
-            urls = serve_all(stack, work, ["--enforce-eager"] if args.eager else [])
+            urls = serve_all(stack, servers, work, ["--enforce-eager"] if args.eager else [])
             rows = summarize(measure(urls, tuple(map(int, args.batches.split(","))), args.rounds))
     except FoemError as error:
         print(f"cpu_serve: {error}", file=sys.stderr)
         return 1
     for row in rows:
-        print(f"{row['what']:16} " + "  ".join(f"{server} {row[server]:7.1f}" for server in SERVERS) + " tokens/s;  " +
+        print(f"{row['what']:16} " + "  ".join(f"{server} {row[server]:7.1f}" for server in servers) + " tokens/s;  " +
               ", ".join(f"{key} {row[key]:.2f}" for key in row if " over " in key))
     result = {**provenance(), "bind": args.bind, "rounds": args.rounds, "layers": args.layers, "eager": args.eager,
-              "servers": {server: described(work / f"{server}.log") for server in SERVERS}, "rows": rows}
+              "servers": {server: described(work / f"{server}.log") for server in servers}, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"wrote {args.out}")
