@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from foem_vllm import __version__, calibration, cli_measure, distributed
+from foem_vllm import __version__, calibration, cli_measure, distributed, preflight
 from foem_vllm.cli_options import (
     DEFAULTS,
     Device,
@@ -129,6 +129,9 @@ def quantize(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be quantized, and the memory, disk and time it needs.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model into a GPTQ-format checkpoint that vLLM serves."""
@@ -164,6 +167,9 @@ def quantize(
         finetune_scales=finetune_scales,
         bits_per_weight=bits_per_weight,
     )
+    if dry_run:
+        preflight.print_plan(preflight.examine(model, out, config))
+        return
     report = run_quantize(model, out, config, progress=not quiet, resume=resume)
     if distributed.rank() != 0:
         return

@@ -198,11 +198,14 @@ def activation_store(job: Job, out: pathlib.Path) -> Store:
     return Store(out.absolute().parent, host, device)
 
 
+def batch_size(samples: int, length: int) -> int:
+    """Sequences a batch: few enough that the text falls into folds even when there is little of it."""
+    return max(1, min(TOKENS_PER_BATCH // length, samples // selection.FOLDS))
+
+
 def start_streams(job: Job, tokens: torch.Tensor, store: Store) -> Streams:
     """All streams before the first block. tokens: [samples, seq_len]."""
-    samples, length = tokens.shape
-    # Small enough that the text falls into folds even when there is little of it.
-    batch = max(1, min(TOKENS_PER_BATCH // length, samples // selection.FOLDS))
+    samples, batch = len(tokens), batch_size(*tokens.shape)
     if -(-samples // batch) < distributed.size():
         raise FoemError(
             f"{distributed.size()} processes share {-(-samples // batch)} batches of calibration text; use fewer processes or "

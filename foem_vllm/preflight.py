@@ -1,0 +1,194 @@
+"""What a run will do and need, before it begins: `foem quantize --dry-run`.
+
+What is quantized, sizes on disk and memory follow from shapes. Time is measured: the block with the most weights is quantized on
+a few batches, and stands for all others in proportion to their weights.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from foem_vllm import endtoend, models, selection
+from foem_vllm.block import BlockSolver
+from foem_vllm.clock import Clock
+from foem_vllm.integrity import tensor_bytes
+from foem_vllm.job import Job, prepare
+from foem_vllm.pipeline import Streams, activation_store, batch_size, start_streams
+from foem_vllm.recipe import QuantizeConfig
+from foem_vllm.writer import check_output, check_space
+
+WORKING_COPIES = 7  # of the largest matrix of weights, in float32, while it is solved
+KEPT_STATES = 5  # hidden states a token that `BlockSolver` keeps while it aims at the original model, the original's own included
+
+
+@dataclass
+class Needs:
+    """Bytes. host, device: at most, in memory; on a CPU there is no device. activations: of all that wait between their uses, and
+    spilled: how many of them in a file for lack of memory. disk: what is written, `spilled` beside it. seconds: by stage."""
+
+    disk: int
+    host: int
+    device: int | None
+    activations: int
+    spilled: int
+    tokens: int
+    seconds: dict[str, float]
+
+
+def examine(model: str | pathlib.Path, out: str | pathlib.Path, config: QuantizeConfig | None = None) -> dict:
+    """What `pipeline.quantize` would do: {linears: [rows by kind], skipped: {reason: names}, needs: `Needs`}.
+
+    Reads the calibration text and one block; writes nothing. Raises FoemError on everything that quantize refuses beforehand.
+    """
+    out = pathlib.Path(out)
+    job = prepare(model, config or QuantizeConfig())
+    check_output(out)
+    disk = sum(tensor_bytes(*header) for header in job.tensors().values())
+    check_space(out, disk)
+    needs = memory(job, out, disk, timed(job, out))
+    skipped: dict[str, list[str]] = {}
+    for name, reason in job.plan.skipped.items():
+        skipped.setdefault(reason, []).append(name)
+    return {"linears": kinds(job), "skipped": skipped, "needs": asdict(needs)}
+
+
+def kinds(job: Job) -> list[dict]:
+    """Linears that are quantized, by the last two parts of their names (experts without their number) and shape."""
+    rows: dict[tuple, dict] = {}
+    for name, spec in job.plan.specs.items():
+        module = job.empty.get_submodule(name)
+        n, k = module.weight.shape
+        kind = ".".join([part for part in job.weights.stored_name(name).split(".") if not part.isdecimal()][-2:])
+        row = rows.setdefault((kind, n, k, spec), {"kind": kind, "linears": 0, "n": n, "k": k})
+        row |= {"linears": row["linears"] + 1, "bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+    return list(rows.values())
+
+
+def weights_of(job: Job, index: int) -> int:
+    return sum(p.numel() for p in job.blocks[index].parameters())
+
+
+def heaviest(job: Job) -> int:
+    return max(range(len(job.blocks)), key=lambda index: weights_of(job, index))
+
+
+def timed(job: Job, out: pathlib.Path) -> dict[str, float]:
+    """Seconds by stage of the whole run."""
+    index, clock = heaviest(job), Clock()
+    share = sum(weights_of(job, i) for i in range(len(job.blocks))) / max(weights_of(job, index), 1)
+    streams, batches, used = Streams(), 1, 1
+    if job.recipe.solver:
+        with clock("text"):
+            tokens = job.tokens()
+        size = batch_size(*tokens.shape)
+        batches = -(-len(tokens) // size)
+        used = min(batches, selection.FOLDS)
+        with clock("prepare"), torch.no_grad():
+            streams = start_streams(job, tokens[: used * size], activation_store(job, out))
+    solver = BlockSolver(job.recipe, job.scale_dtypes, streams.inputs, streams.original, clock=clock)
+    with torch.no_grad():
+        with clock("load"):
+            block = job.load(index)
+            untouched = job.load(index) if streams.original else None
+        with clock("solve"):
+            for _ in solver.solve(index, block, untouched, job.prefix(index), job.plan.specs):
+                pass
+    found = dict(clock.seconds)
+    for stage in ("prepare", "forward", "moments"):
+        if stage in found:
+            found[stage] *= batches / used
+    found = {stage: value * (1 if stage in ("text", "prepare") else share) for stage, value in found.items()}
+    return found | end_to_end(job, streams, index, batches, share)
+
+
+def end_to_end(job: Job, streams: Streams, index: int, batches: int, share: float) -> dict[str, float]:
+    """Seconds of what needs gradients, from one batch through one block and back."""
+    if not (job.recipe.guided or job.recipe.finetune_scales):
+        return {}
+    block, hidden = job.load(index), streams.start.hidden[0]
+    begun = time.perf_counter()
+    segment = endtoend.Segment(lambda h: streams.start.run(index, block, h), hidden, True)
+    segment.backward(torch.ones_like(segment.out), None)
+    one = (time.perf_counter() - begun) * share
+    steps = min(endtoend.STEPS * endtoend.SEQUENCES_A_STEP, batches * len(hidden)) / len(hidden)
+    found = {"gradients": one * batches} if job.recipe.guided else {}
+    return found | ({"tune": one * (steps + batches / endtoend.HELD_OUT)} if job.recipe.finetune_scales else {})
+
+
+def resident_now() -> int:
+    """Bytes of host memory that this process holds."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float]) -> Needs:
+    before = resident_now()  # libraries, tokenizer, and what the allocator keeps of the block that was timed
+    recipe, width = job.recipe, job.dtype.itemsize
+    block = max(sum(p.numel() * width for p in b.parameters()) for b in job.blocks)
+    inside = {id(p) for b in job.blocks for p in b.parameters()}
+    outer = sum(p.numel() for p in {id(p): p for p in job.empty.parameters()}.values() if id(p) not in inside) * width
+    tokens = job.config.samples * job.config.seq_len if recipe.solver else 0
+    shapes = [job.empty.get_submodule(name).weight.shape for name in job.plan.specs if name != job.plan.head]
+    state = tokens * job.hf_config.get_text_config().hidden_size * width
+    states = 1 + (KEPT_STATES if recipe.needs_original else 1) + bool(recipe.guided or recipe.finetune_scales)
+    widest = max(k for _, k in shapes)  # what feeds the last linear of a block is kept until it is quantized
+    activations = states * state + tokens * widest * width
+    store = activation_store(job, out)
+    resident = min(activations, sum(store.room.values()))
+    moments = max((1 + selection.FOLDS) * 4 * (k * k + (n * k if recipe.needs_original else 0)) for n, k in shapes)
+    solving = max(WORKING_COPIES * 4 * n * k + 3 * 4 * k * k for n, k in stacked(job)) if recipe.solver else 0
+    codes = sum(n * k for n, k in shapes) * (1 + 14 / 128) if recipe.finetune_scales else 0
+    graphs = endtoend.GRAPH_BYTES if recipe.guided or recipe.finetune_scales else 0
+    compute = block * (2 if recipe.needs_original else 1) + outer + (moments if recipe.solver else 0) + solving + graphs
+    on_gpu = job.device.type != "cpu"
+    held = min(resident, int(store.room["device"])) if on_gpu else 0
+    host = before + resident - held + int(codes) + (block if on_gpu else compute)
+    device = compute + held if on_gpu else None
+    return Needs(disk, int(host), device and int(device), activations, activations - resident, tokens, seconds)
+
+
+def stacked(job: Job) -> list[tuple[int, int]]:
+    """[N, K] of matrices that are solved together: linears of one module with as many inputs."""
+    found: dict[tuple, int] = {}
+    for index, block in enumerate(job.blocks):
+        for name, linear in models.find_linears(block).items():
+            if job.prefix(index) + name in job.plan.specs:
+                n, k = linear.weight.shape
+                key = index, name.rpartition(".")[0], k
+                found[key] = found.get(key, 0) + n
+    return [(n, k) for (_, _, k), n in found.items()]
+
+
+def print_plan(found: dict) -> None:
+    """Tables of `examine`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, needs = Console(), found["needs"]
+    table = Table(title="what will be quantized", title_justify="left")
+    for column in ("kind", "linears", "N x K", "bits", "group", "grid"):
+        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
+    for row in found["linears"]:
+        grid = "symmetric" if row["symmetric"] else "asymmetric"
+        values = row["linears"], f"{row['n']} x {row['k']}", row["bits"], row["group_size"], grid
+        table.add_row(row["kind"], *map(str, values))
+    console.print(table)
+    for reason, names in found["skipped"].items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        console.print(f"stays as it is ({reason}): {', '.join(names[:3])}{more}", soft_wrap=True, highlight=False)
+    total = sum(needs["seconds"].values())
+    stages = ", ".join(f"{stage} {value:.0f}" for stage, value in sorted(needs["seconds"].items(), key=lambda i: -i[1]))
+    spilled = f", {needs['spilled'] / 1e9:.2f} GB of them in a file" if needs["spilled"] else ""
+    console.print(f"disk: {(needs['disk'] + needs['spilled']) / 1e9:.2f} GB", highlight=False)
+    console.print(
+        f"memory: {needs['host'] / 1e9:.2f} GB"
+        + (f", on the GPU {needs['device'] / 1e9:.2f} GB" if needs["device"] else "")
+        + f"; activations of {needs['tokens']} tokens {needs['activations'] / 1e9:.2f} GB{spilled}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"time: about {total:.0f} s ({stages})", highlight=False, soft_wrap=True)
