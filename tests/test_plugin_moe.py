@@ -140,8 +140,7 @@ RANKS = {"tensor_parallel_size": 2}
 OURS = {"foem": True}  # written by `foem quantize`
 VARIANTS = {  # architecture, spec, checkpoint format, rules, how it is served
     "qwen3_moe mixed": ("qwen3_moe", QuantSpec(4, 32, False), "gptq_v2", EXCLUDED, {}),
-    "mixtral act-order": ("mixtral", QuantSpec(4, 32, False, "full"), "gptq_v2", {}, {}),
-    "mixtral ranks": ("mixtral", QuantSpec(4, 32), "gptq", {}, RANKS),
+    "mixtral act-order over ranks": ("mixtral", QuantSpec(4, 32, False, "full"), "gptq_v2", {}, RANKS),
     "qwen3_moe expert parallel": ("qwen3_moe", QuantSpec(4, 32), "gptq", OURS, {**RANKS, "enable_expert_parallel": True}),
 }
 ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",

@@ -59,8 +59,9 @@ def prepare(
         codes = codes.gather(2, order[:, None].expand_as(codes))
 
     def stacked(rows: torch.Tensor, layout) -> torch.Tensor:
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, -p.n % PAIR))  # no tile of outputs belongs to two experts
-        return layout(padded.flatten(0, 1)).unflatten(0, (len(codes), -1))
+        if p.n % PAIR:  # no tile of outputs belongs to two experts
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, -p.n % PAIR))
+        return layout(rows.flatten(0, 1)).unflatten(0, (len(codes), -1))
 
     return {
         "weight": stacked(codes, lambda rows: pack_words(rows, stored_bits(p.bits))),

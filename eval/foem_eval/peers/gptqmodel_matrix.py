@@ -2,11 +2,11 @@
 
     python gptqmodel_matrix.py FOLDER
 
-FOLDER holds model/ and tokens.safetensors (`calibration` and `texts`, int64 [sequences, length]) and jobs.json:
-[{"name", "config" or null}]. config: of GPTQModel's QuantizeConfig; null: FOLDER/name was written by somebody else. Writes the
-checkpoints FOLDER/name and FOLDER/name.json: `refused` with GPTQModel's reason, or `logprobs` of every token of the texts given
-those before it, on GPTQModel's own dequantized weights (its torch kernel, scales widened to float32) in float32, and `rounding`,
-how far the same in bfloat16 is away. What has a result already is left alone.
+FOLDER holds models and tokens.safetensors (`calibration` and `texts`, int64 [sequences, length]) and jobs.json: [{"name",
+"model", "config" or null}]. model: its folder there; config: of GPTQModel's QuantizeConfig; null: FOLDER/name was written by
+somebody else. Writes the checkpoints FOLDER/name and FOLDER/name.json: `refused` with GPTQModel's reason, or `logprobs` of every
+token of the texts given those before it, on GPTQModel's own dequantized weights (its torch kernel, scales widened to float32) in
+float32, and `rounding`, how far the same in bfloat16 is away. What has a result already is left alone.
 """
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from safetensors.torch import load_file
 
 
-def write(folder: pathlib.Path, out: pathlib.Path, config: dict, ids: torch.Tensor) -> None:
+def write(source: pathlib.Path, out: pathlib.Path, config: dict, ids: torch.Tensor) -> None:
     torch.manual_seed(0)
-    model = GPTQModel.load(str(folder / "model"), QuantizeConfig(**config), device="cpu")
+    model = GPTQModel.load(str(source), QuantizeConfig(**config), device="cpu")
     model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids], batch_size=1,
                    calibration_sort=None)
     model.save(str(out))
@@ -71,7 +71,7 @@ def run(folder: pathlib.Path, job: dict, tokens: dict[str, torch.Tensor]) -> dic
     if job["config"] is not None:
         shutil.rmtree(out, ignore_errors=True)
         try:
-            write(folder, out, job["config"], tokens["calibration"])
+            write(folder / job["model"], out, job["config"], tokens["calibration"])
         except Exception as error:  # whatever it is, it is why this checkpoint does not exist
             return {"refused": f"{type(error).__name__}: {error}"}
     seconds = time.perf_counter() - start

@@ -39,15 +39,15 @@ ENGINES = {  # name -> (LLM options, environment)
 
 
 def plan() -> list[dict]:
-    """[{"name", "config"}]: the full product of width, symmetry, order and group, then what else a config can say."""
+    """[{"name", "model", "config"}]: the full product of width, symmetry, order and group, then what else a config can say."""
     jobs = []
 
-    def add(bits: int, sym: bool, group: int, order: bool = False, name: str = "", **more) -> None:
+    def add(bits: int, sym: bool, group: int, order: bool = False, name: str = "", model: str = "model", **more) -> None:
         words = [f"w{bits}", "sym" if sym else "asym", f"g{group}" if group > 0 else "row", "desc" if order else "", name]
         # GPTQModel's default reorders columns by groups, which it refuses to do with one group.
         config = {"bits": bits, "sym": sym, "group_size": group, "desc_act": order, "format": "gptq",
                   **({"act_group_aware": False} if group == -1 else {}), **more}
-        jobs.append({"name": "-".join(filter(None, words)), "config": config})
+        jobs.append({"name": "-".join(filter(None, words)), "model": model, "config": config})
 
     for bits, sym, order, group in itertools.product((2, 3, 4, 8), (True, False), (False, True), (128, 32, -1)):
         add(bits, sym, group, order)
@@ -70,6 +70,8 @@ def plan() -> list[dict]:
     add(3, True, 128, name="planar", format="gptq_p")
     add(5, True, 128, name="planar", format="gptq_p")
     add(4, True, -1, name="reorder", act_group_aware=True)
+    for bits, sym, group, order in ((4, True, 128, False), (4, False, 32, True), (3, False, 64, False), (8, True, -1, False)):
+        add(bits, sym, group, order, name="moe", model="moe")
     return jobs
 
 
@@ -92,6 +94,27 @@ def write_model(folder: pathlib.Path) -> None:
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
+def write_moe(model: pathlib.Path, folder: pathlib.Path, experts: int = 4) -> None:
+    """`model` as a Qwen3-MoE: every expert is its MLP with a noise of its own, routers are random."""
+    shutil.copytree(model, folder)
+    config, r, kept = json.loads((model / "config.json").read_text()), torch.Generator().manual_seed(0), {}
+    for layer in range(config["num_hidden_layers"]):
+        router = torch.randn(experts, config["hidden_size"], generator=r) * 0.1
+        kept[f"model.layers.{layer}.mlp.gate.weight"] = router.bfloat16()
+    for name, t in load_file(model / "model.safetensors").items():
+        if ".mlp." not in name:
+            kept[name] = t
+            continue
+        for expert in range(experts):
+            noise = torch.randn(t.shape, generator=r) * 0.3 * t.float().std()
+            kept[name.replace(".mlp.", f".mlp.experts.{expert}.")] = (t.float() + noise).to(t.dtype)
+    config.update(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=experts, num_experts_per_tok=2,
+                  moe_intermediate_size=config["intermediate_size"], norm_topk_prob=True, decoder_sparse_step=1,
+                  mlp_only_layers=[])  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
 def write_tokens(path: pathlib.Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINYLM)
     sets = {name: calibration.sample_tokens(calibration.read_texts(str(DATA / f"{file}.jsonl")), tokenizer, count, 128, 0)
@@ -105,6 +128,8 @@ def write_checkpoints(work: pathlib.Path, jobs: list[dict], peers: pathlib.Path)
         write_model(work / "model")
         write_tokens(work / "tokens.safetensors")
         save_file({"input_ids": load_file(work / "tokens.safetensors")["calibration"]}, work / "calibration.safetensors")
+    if not (work / "moe").is_dir():
+        write_moe(work / "model", work / "moe")
     for name, options in AUTOROUND.items():
         if not (work / name).is_dir():
             command = [environments.ensure("autoround", peers), environments.HERE / "autoround_quantize.py", work / "model",
