@@ -78,12 +78,17 @@ def check(chosen: Iterable[Linear], fixed: Iterable[Linear], bits_per_weight: fl
 
 
 def choose(groups: list[Group], bits_per_weight: float) -> Choice:
-    """The bits of every group that are expected to lose least within the budget, which must be within reach (see `check`).
+    """The bits of every group that are expected to lose least within the budget. FoemError when there are none.
 
     One width everywhere is kept where it fits and nothing else is expected to lose less by CLEAR_GAIN.
     """
     weights = sum(g.weights for g in groups)
     budget = math.floor(bits_per_weight * weights)
+    if (fewest := sum(min(g.stored.values()) for g in groups)) > budget:
+        raise FoemError(
+            f"--bits-per-weight {bits_per_weight:g}: linears that no calibration token reaches keep --bits, so that "
+            f"{math.ceil(fewest / weights * 1e4) / 1e4:.4f} is the least; give that, or more --samples"
+        )
     uniform = [b for b in BITS if sum(g.stored[g.width(b)] for g in groups) <= budget]
     bits, plain = tuple(least(groups, budget)), None
     if uniform:

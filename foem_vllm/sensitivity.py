@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -59,7 +59,8 @@ def measure(job: Job, inputs: BlockInputs) -> list[budget.Group]:
 
     inputs: the calibration text as it enters the first block, in two batches or more; not advanced. Every fourth batch judges
     (the last where there are fewer), the others make codes. One pass over the model, and one back for the batches that judge.
-    In memory: moments of all inputs of one block, and what `endtoend.guide` keeps.
+    In memory: moments of all inputs of one block, and what `endtoend.guide` keeps. The output head, and linears that no token
+    reaches, keep their bits.
     """
     judge = min(len(inputs.hidden), FOLDS) - 1
     judging = BlockInputs([inputs.hidden[b] for b in range(judge, len(inputs.hidden), FOLDS)], inputs.calls)
@@ -74,11 +75,12 @@ def measure(job: Job, inputs: BlockInputs) -> list[budget.Group]:
             rates = {n: sum(float(s.sum()) for s in squares[index].get(n, ())) / tokens for n in stage}
             match = EXPERT.fullmatch(stage[0])
             key = prefix, *((match["block"], match["name"] in DOWN) if match else stage)
+            widths = BITS if moments.tokens or match else (job.recipe.spec.bits,)
             one = budget.Group(
                 tuple(prefix + n for n in stage),
                 sum(m.weight.numel() for m in members.values()),
-                {b: sum(budget.stored_bits(spec_of(job, b), *m.weight.shape) for m in members.values()) for b in BITS},
-                expected(job, members, rates, moments, judge),
+                {b: sum(budget.stored_bits(spec_of(job, b), *m.weight.shape) for m in members.values()) for b in widths},
+                expected(job, members, rates, moments, judge, widths),
             )
             found[key] = found[key] + one if key in found else one
     return [*found.values(), *output_head(job)]
@@ -103,14 +105,15 @@ def fed(
 ) -> Iterator[tuple[list[str], capture.Moments]]:
     """(names of linears that are fed the same, the moments of what that is, in FOLDS parts); then the stream is advanced.
 
-    vLLM fuses only what is fed the same. Linears that no token of the first batch reaches have no moments but zeros.
+    vLLM fuses only what is fed the same. Linears that no token of the first batch reaches stand alone, perhaps without tokens.
     """
     run = functools.partial(stream.call, index, block)
     batches = range(len(stream.hidden))
     separate = experts.find(block)
     plain = {n: m for n, m in linears.items() if not any(n.startswith(f"{name}.") for name in separate)}
     stages = capture.find_stages(plain, functools.partial(run, 0))
-    stages += [[n] for n in plain.keys() - {n for stage in stages for n in stage}]
+    reached = {n for stage in stages for n in stage}
+    stages += [[n] for n in plain if n not in reached]
     sums = [capture.Moments(plain[s[0]].in_features, stream.hidden[0].device, FOLDS) for s in stages]
     for name, module in separate.items():
         calls = experts.recorded_calls(module, run, len(batches))
@@ -128,7 +131,12 @@ def fed(
 
 
 def expected(
-    job: Job, linears: dict[str, nn.Linear], rates: dict[str, float], moments: capture.Moments, judge: int
+    job: Job,
+    linears: dict[str, nn.Linear],
+    rates: dict[str, float],
+    moments: capture.Moments,
+    judge: int,
+    widths: Iterable[int],
 ) -> dict[int, float]:
     """{bits: what linears with the same input are expected to add to the loss together}. rates: name -> mean(g^2).
 
@@ -140,7 +148,7 @@ def expected(
     each = torch.cat([torch.full((len(r),), rates[n] * linears[n].out_features / len(r)) for n, r in rows.items()]).to(W)
     solver = replace(job.recipe.solver, alpha=0.0, descent=False, scale_dtypes=job.scale_dtypes)
     found = {}
-    for bits in BITS:
+    for bits in widths:
         spec = spec_of(job, bits)
         E = dequantize(solve(W, seen.h, spec, solver).quantized, spec).to(W) - W
         found[bits] = 0.5 * float((each * ((E @ held.h) * E).sum(1)).sum())

@@ -84,6 +84,11 @@ def test_one_width_stays_unless_something_else_is_clearly_better():
     between = budget.choose(equal_groups([same, same]), 3.5)
     assert sorted(between.bits) == [3, 4] and between.bits_per_weight == 3.5 and between.uniform[0] == 3
     assert budget.choose(equal_groups([same, same]), 2).bits == (2, 2)
+    fixed = [*equal_groups([same, same]), Group(("head",), 64, {4: 256}, {4: 0.0})]
+    assert budget.choose(fixed, 3).bits == (3, 2, 4) or budget.choose(fixed, 3).bits == (2, 3, 4)
+    assert budget.choose(fixed, 5).bits == (4, 4, 4) and budget.choose(fixed, 5).uniform[0] == 4
+    with pytest.raises(FoemError, match="2.6667 is the least"):
+        budget.choose(fixed, 2.5)
 
 
 def test_budgets_out_of_reach_are_refused_with_what_is_within(tmp_path):

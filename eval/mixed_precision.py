@@ -1,0 +1,162 @@
+"""Bits chosen within a budget beside one width everywhere: tinylm and the Llama-style model, KL and perplexity on held-out text.
+
+    python eval/mixed_precision.py
+
+Quantizes what OUT/MODEL/results.json lacks (as `foem compare`; continues where it stopped), then writes table.md, table.csv and
+kl_by_bits.png into OUT. The line: what a budget would have were the logarithm of KL a straight line between the two widths beside
+it; below 1 is below that line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import pathlib
+import statistics
+
+import torch
+from foem_eval.compare import RESULTS_FILE, Comparison, compare
+from foem_eval.divergence import bootstrap
+from matplotlib.figure import Figure
+
+HERE = pathlib.Path(__file__).parent
+MODELS = {"qwen3": "tinylm", "llama": "Llama-style"}
+BUDGETS = ("2.5", "3", "3.25", "3.5", "4", "4.25", "5")
+COLUMNS = {
+    "model": "{}",
+    "bits": "{}",
+    "bits/weight": "{:.4f}",
+    "seeds": "{}",
+    "KL": "{:.5f}",
+    "KL of seeds": "{}",
+    "loss +": "{:.4f}",
+    "ppl": "{:.3f}",
+    "same top 1": "{:.2%}",
+    "over the line": "{}",
+    "over one width": "{}",
+}
+
+
+def measure(model: str, out: pathlib.Path, seeds: list[int]) -> dict:
+    data = HERE / "tinylm/data"
+    common = dict(
+        model=str(HERE / "tinylm" / model),
+        evaluation=str(data / "evaluation.jsonl"),
+        split="test",
+        sequences=64,
+        out=out,
+        calibration=str(data / "calibration.jsonl"),
+        samples=128,
+        seq_len=256,
+        seeds=seeds,
+        resume=True,
+    )
+    compare(Comparison(**common, methods=["balanced"], bits=[2, 3, 4, 8]))
+    compare(Comparison(**common, methods=[f"balanced:bits_per_weight={b}" for b in BUDGETS], bits=[4]))
+    return json.loads((out / RESULTS_FILE).read_text("utf-8"))
+
+
+def rows_of(name: str, results: dict) -> list[dict]:
+    original = statistics.fmean(results["original"]["loss"])
+    groups: dict[str, list[dict]] = {}
+    for run in results["runs"]:
+        budget = run["method"].partition("bits_per_weight=")[2]
+        groups.setdefault(f"within {budget}" if budget else f"{run['bits']} everywhere", []).append(run)
+    rows = []
+    for bits, runs in groups.items():
+        mean = {key: [statistics.fmean(run[key]) for run in runs] for key in ("kl", "loss", "agreement")}
+        rows.append(
+            {
+                "model": name,
+                "bits": bits,
+                "bits/weight": statistics.fmean(run["bits_per_weight"] for run in runs),
+                "seeds": len(runs),
+                "KL": statistics.fmean(mean["kl"]),
+                "KL of seeds": f"{min(mean['kl']):.5f} .. {max(mean['kl']):.5f}",
+                "loss +": statistics.fmean(mean["loss"]) - original,
+                "ppl": statistics.fmean(map(math.exp, mean["loss"])),
+                "same top 1": statistics.fmean(mean["agreement"]),
+                "over the line": "-",
+                "over one width": "-",
+                "runs": runs,
+            }
+        )
+    rows.sort(key=lambda row: (row["bits/weight"], row["bits"]))
+    one = [row for row in rows if row["bits"].endswith("everywhere")]
+    for row in rows:
+        if row not in one:
+            low = max((r for r in one if r["bits/weight"] <= row["bits/weight"]), key=lambda r: r["bits/weight"])
+            high = min((r for r in one if r["bits/weight"] >= row["bits/weight"]), key=lambda r: r["bits/weight"])
+            width = high["bits/weight"] - low["bits/weight"]
+            share = (row["bits/weight"] - low["bits/weight"]) / width if width else 0
+            row["over the line"] = f"{row['KL'] / (low['KL'] ** (1 - share) * high['KL'] ** share):.3f}"
+            if not width:
+                found = bootstrap(
+                    *(torch.tensor([r["kl"] for r in sorted(x["runs"], key=lambda r: r["seed"])]) for x in (row, low))
+                )
+                row["over one width"] = "{:.3f} ({:.3f} .. {:.3f})".format(found.ratio, *found.ratio_interval)
+    return rows
+
+
+def write(found: dict[str, dict], out: pathlib.Path) -> None:
+    rows = [row for name, results in found.items() for row in rows_of(MODELS[name], results)]
+    first = next(iter(found.values()))
+    settings = first["settings"]
+    commits = sorted({run["commit"] for results in found.values() for run in results["runs"]})
+    lines = [
+        f"# Preset balanced, g{settings['group_size']}: bits chosen within a budget beside one width everywhere",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(form.format(row[key]) for key, form in COLUMNS.items()) + " |" for row in rows),
+        "",
+        f"`python eval/mixed_precision.py`; {settings['measured']} x {settings['sequence_length']} held-out tokens (split "
+        f"{settings['split']}), calibrated on {settings['samples']} x {settings['seq_len']}.",
+        "",
+        "KL(original || quantized) and loss in nats per token, means over calibration seeds. Over the line: KL over that of a",
+        "line between the widths on either side, on a logarithmic axis. Over one width: KL over that of one width of the same",
+        "size, 95 % of a bootstrap over seeds and sequences.",
+        "",
+        f"Commits {', '.join(commits)}; {first['machine']}.",
+    ]
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    with (out / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(COLUMNS), extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for column, name in enumerate(found):
+        own = [row for row in rows if row["model"] == MODELS[name]]
+        for line, (key, label) in enumerate((("KL", "KL(original || quantized), nats per token"), ("ppl", "perplexity"))):
+            axes = figure.add_subplot(2, len(found), 1 + line * len(found) + column)
+            for text, kind, style in (("one width everywhere", "everywhere", "s--"), ("chosen within a budget", "within", "o-")):
+                points = [(row["bits/weight"], row[key]) for row in own if kind in row["bits"]]
+                axes.plot(*zip(*points), style, label=text, markersize=6, linewidth=1.2)
+            axes.set(
+                title=MODELS[name] if line == 0 else None,
+                xlabel="bits a quantized weight, grid included",
+                ylabel=label,
+                xlim=(2, 5.6),
+                yscale="log",
+            )
+            if key == "ppl":
+                axes.axhline(
+                    math.exp(statistics.fmean(found[name]["original"]["loss"])), color="grey", linewidth=1, label="original"
+                )
+            axes.grid(True, which="both", alpha=0.3)
+            axes.legend()
+    figure.savefig(out / "kl_by_bits.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results/mixed_precision")
+    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
+    given = parser.parse_args()
+    write({model: measure(model, given.out / model, given.seeds) for model in MODELS}, given.out)
+
+
+if __name__ == "__main__":
+    main()
