@@ -129,6 +129,10 @@ def quantize(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    redo: Annotated[
+        str | None,
+        typer.Option(help="OUT is finished: quantize again, as the options say, the linears that this regular expression finds."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be quantized, and the memory, disk and time it needs.")
     ] = False,
@@ -170,7 +174,7 @@ def quantize(
     if dry_run:
         preflight.print_plan(preflight.examine(model, out, config))
         return
-    report = run_quantize(model, out, config, progress=not quiet, resume=resume)
+    report = run_quantize(model, out, config, progress=not quiet, resume=resume, redo=redo)
     if distributed.rank() != 0:
         return
     notes = [f"{layer.name}: {note}" for layer in report.layers for note in layer.notes]

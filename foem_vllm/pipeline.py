@@ -27,6 +27,7 @@ from foem_vllm.format import dequantize
 from foem_vllm.head import quantize_head
 from foem_vllm.job import Job, prepare
 from foem_vllm.recipe import QuantizeConfig
+from foem_vllm.redo import Kept, keep, recipe_of
 from foem_vllm.report import REPORT_FILE, LayerResult, Report, source_name
 from foem_vllm.sensitivity import choose_bits
 from foem_vllm.spec import Quantized
@@ -44,12 +45,16 @@ def quantize(
     config: QuantizeConfig | None = None,
     progress: bool = False,
     resume: bool = False,
+    redo: str | None = None,
 ) -> Report:
     """Quantize the causal LM `model` (folder or hub name) into the new folder `out`.
 
     resume: go on where an interrupted run with the same settings stopped, if there is one; the weights are then the same, byte
-    for byte, as those of a run that was not interrupted. Returns the report that is also stored there. Raises FoemError on bad
-    input, before anything is written where possible; on any error `out` is not created. The global random state is left as found.
+    for byte, as those of a run that was not interrupted. redo: a regular expression; `out` is a finished checkpoint, of which the
+    linears that it finds are quantized again, and which is replaced when that is done.
+
+    Returns the report that is also stored there. Raises FoemError on bad input, before anything is written where possible; on any
+    error `out` is not created, or stays as it is. The global random state is left as found.
     """
     started, clock = time.perf_counter(), Clock()
     out = pathlib.Path(out)
@@ -57,9 +62,14 @@ def quantize(
     distributed.start(job.device)
     if distributed.size() > 1 and job.recipe.bits_per_weight is not None:
         raise FoemError("--bits-per-weight chooses in one process; run it without torchrun")
-    if resume and (out / REPORT_FILE).is_file():
+    if redo is not None and (job.recipe.finetune_scales or job.recipe.bits_per_weight is not None):
+        raise FoemError(
+            "--redo changes some linears; tuned scales and --bits-per-weight are of the whole model: quantize it anew"
+        )
+    kept = keep(job, out, redo) if redo is not None else None
+    if kept is None and resume and (out / REPORT_FILE).is_file():
         return finished_before(job, out)
-    if distributed.rank() == 0:
+    if kept is None and distributed.rank() == 0:
         check_output(out)
     report = Report(job.recipe.stated, skipped=job.plan.skipped, model=source_name(model))
     writer = Writer(out) if distributed.rank() == 0 else Silent()
@@ -73,7 +83,7 @@ def quantize(
             begun = time.perf_counter()
             report.chosen_bits = choose_bits(job, streams.inputs)
             report.seconds["choosing bits"] = time.perf_counter() - begun
-        writer.open(identity(job, report), job.tensors(), resume)
+        writer.open(identity(job, report, redo, kept), job.tensors(), resume)
         guidance = None
         if job.recipe.guided:
             step("gradients")
@@ -85,14 +95,17 @@ def quantize(
         finished = {entry["block"]: entry for entry in writer.entries}
         for index in range(len(job.blocks)):
             step(f"block {index + 1}/{len(job.blocks)}")
-            take = pass_block if index in finished else solve_block
-            found = take(job, solver, writer, index, finished.get(index))
+            found = (
+                pass_block(job, solver, writer, index, finished[index])
+                if index in finished
+                else solve_block(job, solver, writer, index, kept)
+            )
             report.layers += [result for result, _ in found.values()]
             if job.recipe.finetune_scales:
                 codes |= {name: q for name, (_, q) in found.items()}
         if job.plan.head:
             step("output head")
-            report.layers.append(take_head(job, streams, writer, finished.get(HEAD)))
+            report.layers.append(take_head(job, streams, writer, finished.get(HEAD), kept))
         if codes:
             with clock("tune"):
                 report.tuning = tune(job, streams, codes, writer, step)
@@ -102,12 +115,14 @@ def quantize(
         step("verifying")
         report.seconds |= {**clock.seconds, "total": time.perf_counter() - started}
         report.memory = peak_memory(job.device)
+        if kept is not None:
+            report.recipe = recipe_of(kept, report.recipe, redo)
         meta = {"quantizer": ["foem-vllm:" + version()], "foem": dict(report.recipe)}
         writer.finish(job.folder, job.original_config(), job.format_config(meta), report.to_json())
     return report
 
 
-def identity(job: Job, report: Report) -> dict:
+def identity(job: Job, report: Report, redo: str | None = None, kept: Kept | None = None) -> dict:
     """What decides the bytes of the checkpoint: an interrupted run is resumed only where all of it is the same."""
     files = sorted({path for path in job.weights.files.values()})
     versions = {"foem_vllm": version(), "torch": torch.__version__}
@@ -116,6 +131,7 @@ def identity(job: Job, report: Report) -> dict:
         "device": str(job.device),
         "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "versions": versions,
+        **({"redo": redo, "checkpoint": kept.sha256} if kept else {}),
     }
 
 
@@ -139,20 +155,37 @@ def finished_before(job: Job, out: pathlib.Path) -> Report:
 Found = dict[str, tuple[LayerResult, Quantized]]  # by full name of the linear
 
 
-def solve_block(job: Job, solver: BlockSolver, writer: Writer, index: int, _) -> Found:
-    """Quantize a block, and write it down."""
+def solve_block(job: Job, solver: BlockSolver, writer: Writer, index: int, kept: Kept | None) -> Found:
+    """Quantize a block, or what is not kept of it, and write it down."""
+    prefix = job.prefix(index)
     with solver.clock("load"):
-        block, found = job.load(index), {}
+        block = job.load(index)
         untouched = job.load(index) if solver.original else None
-    for result, q in solver.solve(index, block, untouched, job.prefix(index), job.plan.specs):
-        name, result.name = result.name, job.weights.stored_name(result.name)
-        with solver.clock("write"):
-            writer.add_linear(result.name, q, job.plan.specs[name], job.recipe.checkpoint_format)
-        found[name] = result, q
+    specs = {name: spec for name, spec in job.plan.specs.items() if name.startswith(prefix)}
+    found = {name: kept.read(job, name) for name in specs if name in kept.names} if kept else {}
+    weights = {name.removeprefix(prefix): dequantize(q, specs[name]) for name, (_, q) in found.items()}
+    if len(found) < len(specs):
+        linears = models.find_linears(block)
+        for name, weight in weights.items():
+            linears[name].weight.data.copy_(weight)
+        again = {name: spec for name, spec in specs.items() if name not in found}
+        for result, q in solver.solve(index, block, untouched, prefix, again):
+            name, result.name = result.name, job.weights.stored_name(result.name)
+            found[name] = result, q
+            write_linear(job, solver, writer, name, q)
+    else:
+        solver.advance(index, block, untouched, weights)
+    for name in weights:
+        write_linear(job, solver, writer, prefix + name, found[prefix + name][1])
     results = [result for result, _ in found.values()]
     with solver.clock("write"):
         writer.done({"block": index, "layers": [asdict(result) for result in results]}, [result.name for result in results])
     return found
+
+
+def write_linear(job: Job, solver: BlockSolver, writer: Writer, name: str, q: Quantized) -> None:
+    with solver.clock("write"):
+        writer.add_linear(job.weights.stored_name(name), q, job.plan.specs[name], job.recipe.checkpoint_format)
 
 
 def pass_block(job: Job, solver: BlockSolver, writer: Writer, index: int, entry: dict) -> Found:
@@ -171,11 +204,14 @@ def pass_block(job: Job, solver: BlockSolver, writer: Writer, index: int, entry:
     return found
 
 
-def take_head(job: Job, streams: Streams, writer: Writer, entry: dict | None) -> LayerResult:
+def take_head(job: Job, streams: Streams, writer: Writer, entry: dict | None, kept: Kept | None) -> LayerResult:
     """Quantize the output head and write it down, unless an interrupted run has."""
     if entry is not None:
         return LayerResult(**entry["layers"][0])
-    result, q = quantize_head(job, streams.inputs, streams.original)
+    if kept and job.plan.head in kept.names:
+        result, q = kept.read(job, job.plan.head)
+    else:
+        result, q = quantize_head(job, streams.inputs, streams.original)
     writer.add_linear(result.name, q, job.plan.specs[job.plan.head], job.recipe.checkpoint_format)
     writer.done({"block": HEAD, "layers": [asdict(result)]}, [result.name])
     return result
