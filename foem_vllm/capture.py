@@ -61,11 +61,12 @@ class Moments:
         now, then = (None if cross is None else a.reshape(len(x), -1) for a in (now, then))
         if {a.dtype for a in (x, now, then) if a is not None} == {torch.bfloat16} and not cpu_moments.supports(x.device, x.dtype):
             return cpu_moments.add(self._h[fold], x, cross, then, now, weights)
-        x = x.float()
-        heavy = x if weights is None else x * weights[:, None]
-        add_gram(self._h[fold], heavy, x)
-        if cross is not None:
-            cross.addmm_((then.float() - now.float()).T, heavy)
+        with tensor_cores(x.dtype):
+            x = x.float()
+            heavy = x if weights is None else x * weights[:, None]
+            add_gram(self._h[fold], heavy, x)
+            if cross is not None:
+                cross.addmm_((then.float() - now.float()).T, heavy)
 
     def gather(self) -> Moments:
         """The same over the text of all processes."""
@@ -97,6 +98,19 @@ class Moments:
                 "(is it run in the dtype it was trained in?)"
             )
         return Means(*found, tokens)
+
+
+@contextlib.contextmanager
+def tensor_cores(dtype: torch.dtype):
+    """A context in which GPUs multiply float32 copies of half-precision numbers as TF32, at several times the rate: it has as
+    many digits as float16, so products of inputs stay exact, and sums are float32; weighted inputs and differences lose 1e-3."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = before or dtype in (torch.bfloat16, torch.float16)
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def add_gram(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -7,16 +7,26 @@ import json
 import math
 import pathlib
 
+import torch
+
 from foem_vllm.errors import FoemError
-from foem_vllm.format import TENSORS, FormatConfig, Quantized, QuantSpec, dequantize, read_config, unpack
+from foem_vllm.format import TENSORS, FormatConfig, Quantized, QuantSpec, read_config, unpack
 from foem_vllm.integrity import read_headers, tensor_bytes
 from foem_vllm.report import REPORT_FILE
+from foem_vllm.spec import group_index
 from foem_vllm.stream import Weights
 
 
 def digest(q: Quantized, spec: QuantSpec) -> str:
-    """Hash of the dequantized weight, bit for bit."""
-    return hashlib.blake2b(dequantize(q, spec).cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+    """Hash of all that the dequantized weight follows from: codes, scales, zero points and the groups of columns."""
+    k = q.codes.shape[1]
+    zeros = torch.tensor([spec.mid]) if q.zeros is None else q.zeros
+    g_idx = group_index(k, spec) if q.g_idx is None else q.g_idx
+    whole = hashlib.blake2b(digest_size=16)
+    for part in (q.codes, q.scales.to(torch.float16), zeros.to(torch.uint8), g_idx.to(torch.int32)):
+        whole.update(repr(tuple(part.shape)).encode())
+        whole.update(part.detach().cpu().contiguous().numpy())
+    return whole.hexdigest()
 
 
 def quantized_modules(names) -> list[str]:
@@ -34,7 +44,7 @@ def read_linear(weights: Weights, module: str, config: FormatConfig) -> tuple[Qu
 
 
 def verify(folder: pathlib.Path, digests: dict[str, str]) -> None:
-    """Re-open a written checkpoint: every module dequantizes to what the solver returned, none is missing.
+    """Re-open a written checkpoint: every module holds what the solver returned, none is missing.
 
     Raises FoemError naming the module; a failure here means a bad disk or a bug, never bad input.
     """
