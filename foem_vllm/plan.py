@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 
@@ -9,8 +10,12 @@ from torch import nn
 
 from foem_vllm import experts, models
 from foem_vllm.errors import FoemError
+from foem_vllm.layers import FUSED
 from foem_vllm.spec import QuantSpec
 from foem_vllm.stream import Weights
+
+logger = logging.getLogger("foem_vllm")
+EXCLUDED = "excluded by --exclude"
 
 
 @dataclass
@@ -32,7 +37,8 @@ class Plan:
 def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str], weights: Weights) -> Plan:
     """Every linear of the blocks with `spec`, but those that a regular expression of `exclude` finds.
 
-    Raises FoemError when nothing is left, when K is not a multiple of the group size, or when the files use other names.
+    Warns of what only our plugin serves then. Raises FoemError when nothing is left, when K is not a multiple of the group size,
+    or when the files use other names.
     """
     plan = Plan({}, {})
     for index, block in enumerate(blocks):
@@ -40,7 +46,7 @@ def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list
         for name, linear in models.find_linears(block).items():
             full = prefix + name
             if any(re.search(pattern, weights.stored_name(full)) for pattern in exclude):
-                plan.skipped[weights.stored_name(full)] = "excluded by --exclude"
+                plan.skipped[weights.stored_name(full)] = EXCLUDED
                 continue
             _check_named(full, f"{index}.{name}", weights)
             check_groups(full, linear.in_features, spec)
@@ -49,7 +55,24 @@ def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list
     experts.check_whole(blocks_name, blocks, set(plan.specs))
     if not plan.specs:
         raise FoemError("no linear is left to quantize; check --exclude and the architecture")
+    _warn_of_fused(plan, {weights.stored_name(name) for name in plan.specs})
     return plan
+
+
+def _warn_of_fused(plan: Plan, quantized: set[str]) -> None:
+    """Say which excluded linears vLLM fuses with quantized ones (their names in the files): stock vLLM asks for one setting."""
+    torn = {}
+    for parent, _, last in (name.rpartition(".") for name, why in plan.skipped.items() if why == EXCLUDED):
+        fused = next((members for members in FUSED.values() if last in members), ())
+        if rest := [member for member in fused if f"{parent}.{member}" in quantized]:
+            torn[last] = rest
+    for last, rest in torn.items():
+        logger.warning(
+            "--exclude leaves %s as it is, but not %s, which vLLM computes together with it: `--quantization foem` serves that, "
+            "stock vLLM refuses it; exclude all of them or none to serve it with stock vLLM",
+            last,
+            " and ".join(rest),
+        )
 
 
 def add_head(plan: Plan, model: nn.Module, spec: QuantSpec, exclude: list[str]) -> None:
