@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import CALIBRATION, CONFIGS, VISION_CONFIGS, write_model
 
-from foem_vllm import QuantizeConfig, head, models, quantize
+from foem_vllm import QuantizeConfig, head, models, pipeline, quantize
 from foem_vllm.calibration import read_texts, sample_tokens
 from foem_vllm.checkpoint import read_linear
 from foem_vllm.doctor import examine
@@ -268,3 +268,71 @@ def test_other_quantized_sources_are_refused(tmp_path):
         (small / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
         with pytest.raises(FoemError, match="already quantized .*; start from the original model"):
             run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sources_of_any_dtype(dtype, tmp_path):
+    """What stays keeps its dtype; scales are values that it and float16, in which they are stored, both hold."""
+    source, out = write_model(tmp_path / "model", "qwen3", dtype=dtype), tmp_path / "out"
+    quantize(source, out, QuantizeConfig(method="rtn", group_size=32))
+    before, after, found = load_file(source / "model.safetensors"), load_file(out / "model.safetensors"), values(out)
+    for name in before:
+        module = name.removesuffix(".weight")
+        if module in found:
+            scales = after[f"{module}.scales"]
+            assert scales.dtype == torch.float16 and torch.equal(scales.float(), scales.to(dtype).float())
+            step = scales.T.double().repeat_interleave(32, 1)
+            nearest = (before[name].double() / step).round().clamp(-8, 7) * step
+            assert torch.allclose((found[module] - before[name]).abs().double(), (nearest - before[name]).abs(), atol=1e-6)
+        else:
+            assert after[name].dtype == dtype and torch.equal(after[name], before[name])
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_runs_only_on_request(tmp_path):
+    """And is copied beside the weights, which are those of the same model without code of its own."""
+    source, own = write_model(tmp_path / "model", "llama"), tmp_path / "own"
+    shutil.copytree(source, own)
+    (own / "own_code.py").write_text(CODE)
+    config = json.loads((own / "config.json").read_text())
+    classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FoemError, match="brings its own Python code; read it, then pass --trust-remote-code"):
+        quantize(own, tmp_path / "out", QuantizeConfig(**SMALL, method="gptq"))
+    quantize(own, tmp_path / "out", QuantizeConfig(**SMALL, method="gptq", trust_remote_code=True))
+    quantize(source, tmp_path / "plain", QuantizeConfig(**SMALL, method="gptq"))
+    found, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in plain)
+    assert (tmp_path / "out/own_code.py").read_text() == CODE
+
+
+@pytest.mark.parametrize("where", ["quantize_head", "Writer.finish"])  # just before the head, and behind it
+def test_interrupted_runs_go_on_with_the_head(where, tmp_path, monkeypatch):
+    source, config = write_model(tmp_path / "model", "qwen3"), QuantizeConfig(**SMALL, method="gptq", lm_head=True)
+    quantize(source, tmp_path / "whole", config)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    calls = []
+    real = pipeline.quantize_head
+    with monkeypatch.context() as patch:
+        patch.setattr(f"foem_vllm.pipeline.{where}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", config)
+    monkeypatch.setattr(pipeline, "quantize_head", lambda *a: calls.append(a) or real(*a))
+    quantize(source, tmp_path / "out", config, resume=True)
+    assert len(calls) == (where == "quantize_head")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
