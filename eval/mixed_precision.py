@@ -139,7 +139,7 @@ def write(found: dict[str, dict], out: pathlib.Path) -> None:
                 xlabel="bits a quantized weight, grid included",
                 ylabel=label,
                 xlim=(2, 5.6),
-                yscale="log",
+                yscale="log" if key == "KL" else "linear",
             )
             if key == "ppl":
                 axes.axhline(

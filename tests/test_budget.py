@@ -76,7 +76,7 @@ def equal_groups(losses: list[dict[int, float]]) -> list[Group]:
 
 def test_one_width_stays_unless_something_else_is_clearly_better():
     same = {2: 1.0, 3: 0.25, 4: 0.06, 8: 0.0}
-    for factor, bits in ((1.0, (3, 3)), (2.0, (3, 3)), (8.0, (4, 2))):
+    for factor, bits in ((1.0, (3, 3)), (4.2, (3, 3)), (8.0, (4, 2))):
         groups = equal_groups([{b: factor * x for b, x in same.items()}, same])
         found = budget.choose(groups, 3)
         assert found.bits == bits and found.uniform == (3, pytest.approx(0.25 * (1 + factor)))
