@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from foem_vllm import __version__, calibration, cli_measure, distributed, preflight
+from foem_vllm import __version__, calibration, cli_measure, command, distributed, preflight
 from foem_vllm.cli_options import (
     DEFAULTS,
     Device,
@@ -280,6 +280,7 @@ app.command()(cli_measure.compare)
 def main() -> None:
     """Entry point: a FoemError is one line on stderr and exit code 1; anything else is a bug and keeps its traceback."""
     # A polite kill unwinds like Ctrl-C, so that no half-written folder is left behind.
+    command.words[:] = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from foem_vllm import command
 from foem_vllm.errors import FoemError
 
 WAIT = datetime.timedelta(days=7)  # torchrun ends the others when one has died; a slow disk is no reason to
@@ -36,6 +37,11 @@ def size() -> int:
 def local_rank() -> int:
     """The number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def who() -> str:
+    """What a message that only this process gives begins with; empty where it is alone."""
+    return f"process {os.environ.get('RANK', 0)} of {os.environ['WORLD_SIZE']}: " if size() > 1 else ""
 
 
 def start(device: torch.device) -> None:
@@ -119,8 +125,8 @@ def _exchange(call: Callable, *args, **options) -> None:
     try:
         call(*args, **options)
     except RuntimeError as error:
-        who = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
+        me = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         raise FoemError(
-            f"{who}: another process has ended or cannot be reached ({str(error).splitlines()[0]}); finished blocks are kept, "
-            "start all of them again with --resume"
+            f"{me}: another process has ended or cannot be reached ({str(error).splitlines()[0]}); torchrun says which; finished "
+            f"blocks are kept, start all of them again with: {command.resume()}"
         ) from error

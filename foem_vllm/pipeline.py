@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from foem_vllm import distributed, endtoend, models, selection
+from foem_vllm import distributed, endtoend, memory, models, selection
 from foem_vllm.block import BlockSolver
 from foem_vllm.clock import Clock
 from foem_vllm.errors import FoemError
@@ -36,6 +36,7 @@ from foem_vllm.stream import BlockInputs, record_inputs
 from foem_vllm.writer import Silent, Writer, check_output, differences
 
 TOKENS_PER_BATCH = 4096
+SMALLER = "smaller_batches"  # in the recipe: how many times, where memory was short
 HEAD = "head"  # in place of a block's number
 
 
@@ -53,11 +54,26 @@ def quantize(
     for byte, as those of a run that was not interrupted. redo: a regular expression; `out` is a finished checkpoint, of which the
     linears that it finds are quantized again, and which is replaced when that is done.
 
+    Where memory runs out before the first block is finished, the text is run in smaller batches, which the report's recipe says.
+
     Returns the report that is also stored there. Raises FoemError on bad input, before anything is written where possible; on any
     error `out` is not created, or stays as it is. The global random state is left as found.
     """
-    started, clock = time.perf_counter(), Clock()
     out = pathlib.Path(out)
+    return memory.with_smaller_batches(lambda n: attempt(model, out, config, progress, resume, redo, n), Writer(out).partial)
+
+
+def attempt(
+    model: str | pathlib.Path,
+    out: pathlib.Path,
+    config: QuantizeConfig | None,
+    progress: bool,
+    resume: bool,
+    redo: str | None,
+    smaller: int,
+) -> Report:
+    """`quantize` with batches `smaller` times smaller than usual, or as the run had them that is resumed."""
+    started, clock = time.perf_counter(), Clock()
     job = prepare(model, config or QuantizeConfig())
     distributed.start(job.device)
     if distributed.size() > 1 and job.recipe.bits_per_weight is not None:
@@ -66,18 +82,22 @@ def quantize(
         raise FoemError(
             "--redo changes some linears; tuned scales and --bits-per-weight are of the whole model: quantize it anew"
         )
+    writer = Writer(out) if distributed.rank() == 0 else Silent()
+    writer.tidy()
+    smaller = distributed.agreed(writer.earlier().get(SMALLER, smaller) if resume else smaller)
     kept = keep(job, out, redo) if redo is not None else None
     if kept is None and resume and (out / REPORT_FILE).is_file():
         return finished_before(job, out)
     if kept is None and distributed.rank() == 0:
         check_output(out)
     report = Report(job.recipe.stated, skipped=job.plan.skipped, model=source_name(model))
-    writer = Writer(out) if distributed.rank() == 0 else Silent()
+    if smaller > 1:
+        report.recipe[SMALLER] = smaller
     with writer, torch.no_grad(), progress_bar(progress and distributed.rank() == 0, len(job.blocks)) as step:
         tokens = job.tokens() if job.recipe.solver else None
         if tokens is not None:
             report.recipe["calibration_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-        streams = Streams() if tokens is None else start_streams(job, tokens, activation_store(job, out))
+        streams = Streams() if tokens is None else start_streams(job, tokens, activation_store(job, out), smaller)
         if job.recipe.bits_per_weight is not None:
             step("choosing bits")
             begun = time.perf_counter()
@@ -112,6 +132,7 @@ def quantize(
         with clock("write"):
             for name in job.untouched():
                 writer.add(job.weights.stored_name(name), job.weights.read(name))
+        job.weights.unchanged()
         step("verifying")
         report.seconds |= {**clock.seconds, "total": time.perf_counter() - started}
         report.memory = peak_memory(job.device)
@@ -124,12 +145,11 @@ def quantize(
 
 def identity(job: Job, report: Report, redo: str | None = None, kept: Kept | None = None) -> dict:
     """What decides the bytes of the checkpoint: an interrupted run is resumed only where all of it is the same."""
-    files = sorted({path for path in job.weights.files.values()})
     versions = {"foem_vllm": version(), "torch": torch.__version__}
     return {
         **report.recipe,
         "device": str(job.device),
-        "model": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "model": {path.name: stamp for path, stamp in sorted(job.weights.stamps.items())},
         "versions": versions,
         **({"redo": redo, "checkpoint": kept.sha256} if kept else {}),
     }
@@ -179,6 +199,7 @@ def solve_block(job: Job, solver: BlockSolver, writer: Writer, index: int, kept:
         write_linear(job, solver, writer, prefix + name, found[prefix + name][1])
     results = [result for result, _ in found.values()]
     with solver.clock("write"):
+        job.weights.unchanged()
         writer.done({"block": index, "layers": [asdict(result) for result in results]}, [result.name for result in results])
     return found
 
@@ -239,9 +260,9 @@ def batch_size(samples: int, length: int) -> int:
     return max(1, min(TOKENS_PER_BATCH // length, samples // selection.FOLDS))
 
 
-def start_streams(job: Job, tokens: torch.Tensor, store: Store) -> Streams:
-    """All streams before the first block. tokens: [samples, seq_len]."""
-    samples, batch = len(tokens), batch_size(*tokens.shape)
+def start_streams(job: Job, tokens: torch.Tensor, store: Store, smaller: int = 1) -> Streams:
+    """All streams before the first block. tokens: [samples, seq_len]. smaller: how many times smaller batches are than usual."""
+    samples, batch = len(tokens), max(1, batch_size(*tokens.shape) // smaller)
     if -(-samples // batch) < distributed.size():
         raise FoemError(
             f"{distributed.size()} processes share {-(-samples // batch)} batches of calibration text; use fewer processes or "

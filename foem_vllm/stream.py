@@ -21,10 +21,11 @@ class Weights:
     """The tensors of a folder of safetensors files, read one at a time by name. stored: what those are called in the files that
     go by another name here. headers: (safetensors dtype, shape) of each by the name that it is written under. transposed: weights
     that are stored [K, N], and are filled in as those of linears. scales: (file, name) of the scales of weights in 8 bits, by
-    the weights' names in the files."""
+    the weights' names in the files. stamps: of the files, as they were when their headers were read."""
 
     def __init__(self, folder: pathlib.Path):
-        found = {path: read_header(path) for path in weight_files(folder)}
+        self.stamps = {path: stamp(path) for path in weight_files(folder)}
+        found = {path: read_header(path) for path in self.stamps}
         self.headers = {name: header for headers in found.values() for name, header in headers.items()}
         self.files = {name: path for path, headers in found.items() for name in headers}
         self.stored: dict[str, str] = {}
@@ -57,11 +58,22 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         if name not in self.files:
             raise FoemError(f"{name}: not among the model's weights; the files and config.json belong to different models")
+        self.unchanged(self.files[name])
         stored = self.stored.get(name, name)
         value = _tensor(self.files[name], stored)
         if stored not in self.scales:
             return value
         return fp8.dequantized(name, value, _tensor(*self.scales[stored]), self.block)
+
+    def unchanged(self, *paths: pathlib.Path) -> None:
+        """Raises FoemError when one of these files, or of all, is gone or another one than its header was read from."""
+        for path in paths or self.stamps:
+            now = stamp(path) if path.is_file() else None
+            if now != self.stamps[path]:
+                raise FoemError(
+                    f"{path} was {'deleted' if now is None else 'changed'} while it was read; an interrupted run goes on "
+                    "(--resume) only with the file as it was, its time of change included; else start again"
+                )
 
     def read_8_bits(self, config: dict) -> None:
         """From now on weights in 8-bit floating point are what they stand for, in bfloat16, and their scales are no tensors.
@@ -75,6 +87,12 @@ class Weights:
             self.headers[name] = "BF16", self.headers[name][1]
         for name in [n for n in self.files if n.rpartition(".")[2] in (*fp8.SCALES, *fp8.OTHERS)]:
             del self.files[name], self.headers[name]
+
+
+def stamp(path: pathlib.Path) -> list[int]:
+    """Size and time of a file: other ones when its content is."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _tensor(path: pathlib.Path, name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ the target, `.NAME.partial`: the checkpoint, which is renamed at the very end, a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 import torch
 from safetensors import SafetensorError, safe_open
 
-from foem_vllm import distributed
+from foem_vllm import command, distributed
 from foem_vllm.checkpoint import digest, read_report, verify
 from foem_vllm.errors import FoemError
 from foem_vllm.format import TENSORS, FormatConfig, Quantized, QuantSpec, pack, stored_shapes, unpack
@@ -109,10 +110,32 @@ class Writer:
         self._journal.close()
         if self.entries:
             log.warning(
-                "%s: what is finished is kept there (steps: %d); --resume goes on with it", self.partial, len(self.entries)
+                "%s: what is finished is kept there (steps: %d); go on with: %s",
+                self.partial,
+                len(self.entries),
+                command.resume(),
             )
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+    def earlier(self) -> dict:
+        """The identity of an interrupted run that can be resumed; empty where there is none."""
+        journal = self.partial / "journal.jsonl"
+        lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []
+        return json.loads(lines[0]) if len(lines) > 1 else {}
+
+    def tidy(self) -> None:
+        """Do what a run left undone that was killed between the last renames, or behind them: what it was about to replace is
+        back at its place, what it has no use for is gone."""
+        if not self.partial.is_dir():
+            return
+        replaced = self.partial / "replaced"
+        with contextlib.suppress(BlockingIOError), open(self.partial / "journal.jsonl", "ab") as journal:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is being written right now
+            if replaced.is_dir() and not self.out.exists():
+                replaced.rename(self.out)
+            elif (self.out / REPORT_FILE).is_file() and not self.folder.exists():
+                shutil.rmtree(self.partial, ignore_errors=True)
 
     def open(self, identity: dict, tensors: dict[str, Header], resume: bool = False) -> None:
         """Lay the files out, or find them as an earlier run left them: its entries of the journal are then in `entries`.
@@ -290,7 +313,10 @@ class Silent:
     def add(self, *_) -> None:
         pass
 
-    add_linear = done = finish = add
+    add_linear = done = finish = tidy = add
+
+    def earlier(self) -> dict:
+        return {}
 
 
 def _belongs(file: pathlib.Path) -> bool:

@@ -15,10 +15,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foem_kernels", "foem_eval": ROOT / "eval/foem_eval"}
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
-ORDER = ["errors", "bits", "spec", "integrity", "format", "serving", "ranks", "expert_parts", "layers", "budget", "stock", "grid",
-         "descent", "solver", "distributed", "clock", "store", "fp8", "stream", "capture", "experts", "selection",
-         "calibration", "recipe", "models", "plan", "report", "html_charts", "html_report", "model_card", "checkpoint",
-         "hub", "writer", "rows", "block", "endtoend", "job", "sensitivity", "head", "redo", "pipeline", "preflight",
+ORDER = ["errors", "command", "bits", "spec", "integrity", "format", "serving", "ranks", "expert_parts", "layers", "budget",
+         "stock", "grid", "descent", "solver", "distributed", "memory", "clock", "store", "fp8", "stream", "capture", "experts",
+         "selection", "calibration", "recipe", "models", "plan", "report", "html_charts", "html_report", "model_card",
+         "checkpoint", "hub", "writer", "rows", "block", "endtoend", "job", "sensitivity", "head", "redo", "pipeline", "preflight",
          "doctor", "doctor_report", "analysis_report", "analyze", "cli_options", "cli_measure", "cli", "__main__"]
 PURE = {"format": {"errors", "bits", "spec"}, "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
