@@ -31,7 +31,7 @@ def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1, order: int = 0
             scales[:, g] = part.abs().amax(1) / (top - spec.mid)
         else:
             low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-            scales[:, g] = (high - low) / (top - smallest_zero)
+            scales[:, g] = ((high - low) / (top - smallest_zero)).clamp(min=2**-14)  # rows of padding tokens are zero
             zeros[:, g] = (-low / scales[:, g]).round().clamp(smallest_zero, top)
     scales = scales.half().float().clamp(min=2**-14)
     codes = (w.float() / scales[:, g_idx] + zeros[:, g_idx]).round().clamp(0, top)
