@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ versions: setup      ## the tests of serving against vLLM 0.31 and 0.32, each in
 
 parallel: setup      ## every form of linear with one process and two, float32 and bfloat16, and pipeline stages (half an hour)
 	$(RUN) eval/parallel.py $(ARGS)
+
+faults: setup        ## do everything that can go wrong to `foem quantize`, see how it ends (ten minutes; root, for small disks)
+	$(RUN) eval/faults.py $(ARGS)
 
 peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
 	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)
