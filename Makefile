@@ -64,8 +64,9 @@ parallel: setup      ## every form of linear with one process and two, float32 a
 faults: setup        ## do everything that can go wrong to `foem quantize`, see how it ends (ten minutes; root, for small disks)
 	$(RUN) eval/faults.py $(ARGS)
 
-peers-time: setup    ## time GPTQModel and `foem quantize` on the demo's model
-	$(RUN) -m foem_eval.peers.gptqmodel_time --peers-folder out/peers $(ARGS)
+peers-time: setup    ## time and memory of `foem quantize`, GPTQModel, llm-compressor; our stages (half an hour idle; continues)
+	$(RUN) -m foem_eval.peers.quantize_time --peers-folder out/peers $(ARGS)
+	$(RUN) eval/quantize_stages.py
 
 peers-quality: setup ## KL beside GPTQModel and AutoRound on both small models, three seeds (two hours; continues where it stopped)
 	for m in qwen3 llama; do $(RUN) -m foem_vllm.cli compare eval/tinylm/$$m --out out/compare-$$m --peers-folder out/peers \

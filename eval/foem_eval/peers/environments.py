@@ -11,8 +11,8 @@ import venv
 
 from foem_vllm.errors import FoemError
 
-VERSIONS = {"gptqmodel": "7.7.0", "autoround": "0.16.1"}
-PACKAGES = {"gptqmodel": "gptqmodel", "autoround": "auto-round"}  # what pip calls them
+VERSIONS = {"gptqmodel": "7.7.0", "autoround": "0.16.1", "llmcompressor": "0.14.0.1"}
+PACKAGES = {"gptqmodel": "gptqmodel", "autoround": "auto-round", "llmcompressor": "llmcompressor"}  # what pip calls them
 FOLDER = pathlib.Path.home() / ".cache/foem-vllm/peers"
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -29,7 +29,7 @@ def ensure(name: str, folder: str | pathlib.Path = FOLDER) -> pathlib.Path:
         print(f"installing {requirement} into {place} (once, some minutes)", flush=True)
         try:
             venv.create(place, with_pip=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             raise FoemError(f"{place}: no environment for {requirement} can be made there ({error}); give --peers-folder a "
                             "folder you may write to, with 6 GB free") from None
     probe = [python, "-c", f"from importlib.metadata import version; print(version({PACKAGES[name]!r}))"]
