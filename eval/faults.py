@@ -67,7 +67,8 @@ class Bench:
         self.folder, self.count, self.rows = folder, 0, []
         self.kills = 30
         for name, arch in MODELS.items():
-            write_model(folder / name, arch)
+            for file in write_model(folder / name, arch).iterdir():
+                file.chmod(0o644)  # one row is another user's
             prepare(
                 folder / name, QuantizeConfig(device="cpu", calibration=str(CALIBRATION), samples=2, seq_len=64, group_size=32)
             ).tokens()

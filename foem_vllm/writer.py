@@ -165,7 +165,7 @@ class Writer:
         """Entries of the journal that is there, compared with `identity`; None when there are none. Locks it for this process."""
         with disk_errors(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._journal = open(self.partial / "journal.jsonl", "a+b")
+            self._journal = open(self.partial / "journal.jsonl", "a+b", buffering=0)  # closing it must not fail on a full disk
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -205,8 +205,9 @@ class Writer:
             self._note(identity)
 
     def _note(self, line: dict) -> None:
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
+        data = memoryview(json.dumps(line).encode() + b"\n")
+        while data:
+            data = data[self._journal.write(data) :]
         os.fsync(self._journal.fileno())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
