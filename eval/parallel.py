@@ -88,9 +88,13 @@ def logprobs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layer_outputs(model: torch.nn.Module, ids: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
-    """float64 [layers, length, hidden]: what every decoder layer makes of its own of `streams` [layers (+ 1), length, hidden]."""
-    outputs, hooks = [], []
+def layer_outputs(model: torch.nn.Module, ids: torch.Tensor, streams: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(float64 [layers, length, hidden], what every decoder layer makes of its own of `streams` [layers (+ 1), length, hidden];
+    [length, experts] of every layer's router where there is one)."""
+    outputs, routers, hooks = [], [], []
+
+    def routed(router, arguments, output):
+        routers.append((output[0] if isinstance(output, tuple) else output).reshape(streams.shape[1], -1).double())
 
     def replaced(stream):
         return lambda layer, arguments, named: ((stream[None].to(model.dtype), *arguments[1:]), named)
@@ -100,10 +104,20 @@ def layer_outputs(model: torch.nn.Module, ids: torch.Tensor, streams: torch.Tens
 
     for layer, stream in zip(find_blocks(model)[1], streams):
         hooks += [layer.register_forward_pre_hook(replaced(stream), with_kwargs=True), layer.register_forward_hook(noted)]
+        hooks += [m.gate.register_forward_hook(routed) for m in layer.modules() if hasattr(m, "experts") and hasattr(m, "gate")]
     model(ids[:1])
     for hook in hooks:
         hook.remove()
-    return torch.stack(outputs)
+    return torch.stack(outputs), routers
+
+
+def decided(exact: list[torch.Tensor], rounded: list[torch.Tensor], count: int, shape: torch.Size) -> torch.Tensor:
+    """[layers, length]: 1 where rounding cannot change which `count` experts a token goes to, 0 at near ties of the router."""
+    if not exact:
+        return torch.ones(shape[:2], dtype=torch.float64)
+    ordered = torch.stack(exact).sort(2, descending=True).values
+    noise = (torch.stack(rounded) - torch.stack(exact)).abs().amax(2)
+    return (ordered[..., count - 1] - ordered[..., count] > 2 * noise).double()
 
 
 def cancellation(folder: pathlib.Path, layer: int) -> float:
@@ -118,9 +132,9 @@ def cancellation(folder: pathlib.Path, layer: int) -> float:
     return max(found)
 
 
-def distances(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """[layers]: root mean square of the difference of [layers, length, hidden]."""
-    return (found.double() - exact).square().mean((1, 2)).sqrt()
+def distances(found: torch.Tensor, exact: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """[layers]: root mean square of the difference of [layers, length, hidden] over the tokens that are `counted`."""
+    return ((found.double() - exact).square().mean(2) * counted).sum(1).div(counted.sum(1)).sqrt()
 
 
 def compare(model: Model, folder: pathlib.Path, answers: dict, ids: torch.Tensor) -> dict:
@@ -133,12 +147,15 @@ def compare(model: Model, folder: pathlib.Path, answers: dict, ids: torch.Tensor
         rounded = load(folder, getattr(torch, dtype))
         rounding = float((logprobs(rounded, ids) - expected).abs().max())
         far = {ranks: float((torch.tensor(a["logprobs"]).double() - expected).abs().max()) for ranks, a in by_ranks.items()}
-        layers = {}
+        layers, ties = {}, 0
         for ranks, answer in by_ranks.items():
-            right = layer_outputs(exact, ids, answer["streams"])
-            own = distances(layer_outputs(rounded, ids, answer["streams"]), right)
-            layers[ranks] = dict(zip(model.forms, (distances(answer["streams"][1:], right) / own).tolist(), strict=True))
-        row[dtype] = {"rounding": rounding, "difference": far, "layers": layers,
+            right, routers = layer_outputs(exact, ids, answer["streams"])
+            coarser, others = layer_outputs(rounded, ids, answer["streams"])
+            counted = decided(routers, others, getattr(exact.config, "num_experts_per_tok", 0), right.shape)
+            ties += int((1 - counted).sum())
+            multiples = distances(answer["streams"][1:], right, counted) / distances(coarser, right, counted)
+            layers[ranks] = dict(zip(model.forms, multiples.tolist(), strict=True))
+        row[dtype] = {"rounding": rounding, "difference": far, "layers": layers, "ties": ties,
                       "same_greedy": len({json.dumps(a["greedy"]) for a in by_ranks.values()}) == 1}  # fmt: skip
     row["equal"] = row["float32"]["same_greedy"] and all(within(row[dtype], dtype, coarse) for dtype in answers)
     return row
@@ -212,7 +229,9 @@ def table(results: dict) -> str:
         "and what the dtype does to transformers. Forms, one a decoder layer: how far a layer is from transformers' in float64 "
         "on the same input, as a multiple of what the dtype does to transformers' layer. Equal: in bfloat16 up to "
         f"{ROOM['bfloat16']} times that; in float32 up to {ROOM['float32']} times, and times the size of the terms of a product "
-        "in units of what they leave (`cancellation`), and the same greedy tokens of one process and two.", "",
+        "in units of what they leave (`cancellation`), and the same greedy tokens of one process and two. Tokens at which rounding "
+        "may change which experts the router chooses are left out of a layer: "
+        f"{sum(row[dtype].get('ties', 0) for row in rows.values() for dtype in ROOM if dtype in row)} in all.", "",
         "| | float32: one process | two | transformers | bfloat16: one | two | transformers | greedy tokens | |",
         "|---|---|---|---|---|---|---|---|---|", *(by_model(name, row) for name, row in rows.items()), "",
         f"Two pipeline stages and one process, {STAGED}, float32: {say_staged(rows.get(STAGED, {}).get('stages'))}.", "",
