@@ -229,8 +229,8 @@ def table(results: dict) -> str:
         "and what the dtype does to transformers. Forms, one a decoder layer: how far a layer is from transformers' in float64 "
         "on the same input, as a multiple of what the dtype does to transformers' layer. Equal: in bfloat16 up to "
         f"{ROOM['bfloat16']} times that; in float32 up to {ROOM['float32']} times, and times the size of the terms of a product "
-        "in units of what they leave (`cancellation`), and the same greedy tokens of one process and two. Tokens at which rounding "
-        "may change which experts the router chooses are left out of a layer: "
+        "in units of what they leave (`cancellation`), and the same greedy tokens of one process and two. Tokens at which "
+        "rounding may change which experts the router chooses are left out of a layer: "
         f"{sum(row[dtype].get('ties', 0) for row in rows.values() for dtype in ROOM if dtype in row)} in all.", "",
         "| | float32: one process | two | transformers | bfloat16: one | two | transformers | greedy tokens | |",
         "|---|---|---|---|---|---|---|---|---|", *(by_model(name, row) for name, row in rows.items()), "",
