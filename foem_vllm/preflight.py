@@ -6,6 +6,7 @@ a few batches, and stands for all others in proportion to their weights.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import resource
 import time
@@ -50,7 +51,9 @@ def examine(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantize
     check_output(out)
     disk = sum(tensor_bytes(*header) for header in job.tensors().values())
     check_space(out, disk)
-    needs = memory(job, out, disk, timed(job, out))
+    forget_peak()
+    seconds = timed(job, out)
+    needs = memory(job, out, disk, seconds, peak_since())
     skipped: dict[str, list[str]] = {}
     for name, reason in job.plan.skipped.items():
         skipped.setdefault(reason, []).append(name)
@@ -125,7 +128,21 @@ def resident_now() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float]) -> Needs:
+def forget_peak() -> None:
+    """Let the peak of this process's memory begin again."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since() -> int:
+    """Bytes of host memory that this process held at most since `forget_peak`."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], seen: int) -> Needs:
+    """seen: the peak while one block was quantized on a few batches. What shapes ask for, or that and the other batches'
+    activations, whichever is more: libraries take working memory too."""
     before = resident_now()  # libraries, tokenizer, and what the allocator keeps of the block that was timed
     recipe, width = job.recipe, job.dtype.itemsize
     block = max(sum(p.numel() * width for p in b.parameters()) for b in job.blocks)
@@ -147,6 +164,10 @@ def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float]) ->
     on_gpu = job.device.type != "cpu"
     held = min(resident, int(store.room["device"])) if on_gpu else 0
     host = before + resident - held + int(codes) + (block if on_gpu else compute)
+    if recipe.solver:
+        batches = -(-job.config.samples // batch_size(job.config.samples, job.config.seq_len))
+        others = max(0.0, 1 - selection.FOLDS / batches)
+        host = max(host, seen + (resident - held) * others + codes)
     device = compute + held if on_gpu else None
     return Needs(disk, int(host), device and int(device), activations, activations - resident, tokens, seconds)
 
