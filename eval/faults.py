@@ -94,7 +94,7 @@ class Bench:
         return content(parent / "out")
 
     def add(self, fault: str, must: str, happened: str, ok: bool) -> None:
-        happened = happened.replace(str(self.folder), "...")
+        happened = happened.replace(str(self.folder), "...").replace(f"{ROOT}/", "")
         self.rows.append({"fault": fault, "must": must, "happened": happened, "ok": bool(ok)})
         print(f"{'ok ' if ok else 'BAD'} {fault}: {happened}", flush=True)
 
