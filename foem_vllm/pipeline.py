@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from foem_vllm.redo import Kept, keep, recipe_of
 from foem_vllm.report import REPORT_FILE, LayerResult, Report, source_name
 from foem_vllm.sensitivity import choose_bits
 from foem_vllm.spec import Quantized
-from foem_vllm.store import Batches, Store, available_memory
+from foem_vllm.store import Batches, Store, available_memory, held_at_most
 from foem_vllm.stream import BlockInputs, record_inputs
 from foem_vllm.writer import Silent, Writer, check_output, differences
 
@@ -157,7 +156,7 @@ def identity(job: Job, report: Report, redo: str | None = None, kept: Kept | Non
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes at most: of this process in host memory since it began, and of its tensors on the GPU."""
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = {"host": held_at_most()}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak

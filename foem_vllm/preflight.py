@@ -21,6 +21,7 @@ from foem_vllm.integrity import tensor_bytes
 from foem_vllm.job import Job, prepare
 from foem_vllm.pipeline import Streams, activation_store, batch_size, start_streams
 from foem_vllm.recipe import QuantizeConfig
+from foem_vllm.store import held_at_most
 from foem_vllm.writer import check_output, check_space
 
 WORKING_COPIES = 7  # of the largest matrix of weights, in float32, while it is solved
@@ -53,7 +54,7 @@ def examine(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantize
     check_space(out, disk)
     forget_peak()
     seconds = timed(job, out)
-    needs = memory(job, out, disk, seconds, peak_since())
+    needs = memory(job, out, disk, seconds, held_at_most())
     skipped: dict[str, list[str]] = {}
     for name, reason in job.plan.skipped.items():
         skipped.setdefault(reason, []).append(name)
@@ -132,12 +133,6 @@ def forget_peak() -> None:
     """Let the peak of this process's memory begin again."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_since() -> int:
-    """Bytes of host memory that this process held at most since `forget_peak`."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], seen: int) -> Needs:

@@ -31,6 +31,12 @@ def available_memory() -> int:
     return free
 
 
+def held_at_most() -> int:
+    """Bytes of host memory that this process has held at most. (What getrusage says of a process begins with its parent's.)"""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 class Store:
     """host, device: bytes that may be held in host memory and, for tensors on another device, there; beyond them tensors go into
     an unnamed file in `folder`, which disappears with the process. Without limits everything stays where it is."""
