@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+import time
 
 import pytest
 import torch
@@ -111,11 +112,14 @@ def test_the_stopwatch_takes_times_apart_and_leaves_no_trace(tmp_path):
 
     before = solver.find_grid, torch.linalg.cholesky_ex, solver.pick
     source = write_model(tmp_path / "model", "qwen3", torch.bfloat16)
+    started = time.process_time()
     with Stopwatch() as watch:
         how = QuantizeConfig(calibration=str(CALIBRATION), samples=8, seq_len=32, group_size=32, device="cpu")
-        total = quantize(source, tmp_path / "out", how).seconds["total"]
+        quantize(source, tmp_path / "out", how)
+    spent = time.process_time() - started  # of all threads, as the stages have it: more than wall time where two cores compute
     assert set(TIMED) == set(UNITS) == set(watch.seconds)
-    assert all(value > 0 for value in watch.seconds.values()) and sum(watch.seconds.values()) - watch.seconds["write"] < total
+    assert all(value > 0 for value in watch.seconds.values())
+    assert sum(watch.seconds.values()) <= spent, "a second counted twice"
     assert (solver.find_grid, torch.linalg.cholesky_ex, solver.pick) == before
 
 

@@ -18,8 +18,8 @@ PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foe
 ORDER = ["errors", "command", "bits", "spec", "integrity", "format", "serving", "ranks", "expert_parts", "layers", "budget",
          "stock", "grid", "descent", "solver", "distributed", "memory", "clock", "store", "fp8", "stream", "capture", "experts",
          "selection", "calibration", "recipe", "models", "plan", "report", "html_charts", "html_report", "model_card",
-         "checkpoint", "hub", "writer", "rows", "block", "endtoend", "job", "sensitivity", "head", "redo", "pipeline", "preflight",
-         "doctor", "doctor_report", "analysis_report", "analyze", "cli_options", "cli_measure", "cli", "__main__"]
+         "checkpoint", "hub", "writer", "rows", "block", "endtoend", "job", "sensitivity", "head", "redo", "pipeline",
+         "preflight", "doctor", "doctor_report", "analysis_report", "analyze", "cli_options", "cli_measure", "cli", "__main__"]
 PURE = {"format": {"errors", "bits", "spec"}, "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
