@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -287,6 +288,17 @@ def main() -> None:
     except FoemError as error:
         print(f"foem: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except SystemExit as end:
+        if command.words[:1] == ["quantize"] and not end.code and distributed.size() == 1:
+            leave()
+        raise
+
+
+def leave() -> None:
+    """End this process, all of whose files are closed, at once: taking torch's modules apart takes a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import pathlib
 from collections import Counter
@@ -78,6 +80,19 @@ class Job:
         return calibration_tokens(self.config, self.folder, self.hf_config)
 
 
+@contextlib.contextmanager
+def without_collector():
+    """Libraries that are imported and modules that are built are many objects and no garbage: looking for some takes a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_collector()
 def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     """Look at everything that can be wrong before the work begins. Raises FoemError."""
     recipe = resolve(config)
