@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families mixed-precision parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ peers-matrix: setup  ## serve GPTQModel's and AutoRound's checkpoints of every f
 
 families: setup      ## small models of every family: quantize, serve, compare with transformers (continues where it stopped)
 	$(RUN) eval/families.py $(ARGS)
+
+mixed-precision: setup ## bits chosen within a budget beside one width everywhere, two small models (an hour of a core; continues)
+	$(RUN) eval/mixed_precision.py $(ARGS)
 
 versions: setup      ## the tests of serving against vLLM 0.31 and 0.32, each in an environment of its own (5 GB in out/)
 	$(RUN) tools/versions.py $(ARGS)

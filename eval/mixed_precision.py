@@ -1,10 +1,10 @@
 """Bits chosen within a budget beside one width everywhere: tinylm and the Llama-style model, KL and perplexity on held-out text.
 
-    python eval/mixed_precision.py
+    make mixed-precision        # eval/results/mixed_precision; goes on where it stopped
 
-Quantizes what OUT/MODEL/results.json lacks (as `foem compare`; continues where it stopped), then writes table.md, table.csv and
-kl_by_bits.png into OUT. The line: what a budget would have were the logarithm of KL a straight line between the two widths beside
-it; below 1 is below that line.
+Quantizes what OUT/MODEL/results.json lacks (as `foem compare`), then writes table.md, table.csv and kl_by_bits.png into OUT.
+Two of the budgets are what 3 and 4 bits everywhere take: there the choice stands beside one width of no smaller size, paired. The
+line: what a budget would have were the logarithm of KL a straight line between the two widths beside it; below 1 is below it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).parent
 MODELS = {"qwen3": "tinylm", "llama": "Llama-style"}
-BUDGETS = ("2.5", "3", "3.25", "3.5", "4", "4.25", "5")
+BUDGETS = ("2.5", "3", "3.2422", "3.5", "4", "4.25", "5")  # 3.2422 and 4.25: 3 and 4 bits everywhere at g128, as below
+SIZE_DIGITS = 4  # of bits a weight
 COLUMNS = {
     "model": "{}",
     "bits": "{}",
-    "bits/weight": "{:.4f}",
+    "bits/weight": f"{{:.{SIZE_DIGITS}f}}",
     "seeds": "{}",
     "KL": "{:.5f}",
     "KL of seeds": "{}",
@@ -36,6 +37,7 @@ COLUMNS = {
     "same top 1": "{:.2%}",
     "over the line": "{}",
     "over one width": "{}",
+    "loss - its": "{}",
 }
 
 
@@ -58,11 +60,21 @@ def measure(model: str, out: pathlib.Path, seeds: list[int]) -> dict:
     return json.loads((out / RESULTS_FILE).read_text("utf-8"))
 
 
+def budget_of(run: dict) -> str:
+    """The bits a weight that a run was given, "" for one width everywhere."""
+    return run["method"].partition("bits_per_weight=")[2]
+
+
+def values(row: dict, key: str) -> torch.Tensor:
+    """[seeds, sequences] in the order of seeds."""
+    return torch.tensor([run[key] for run in row["runs"]])
+
+
 def rows_of(name: str, results: dict) -> list[dict]:
     original = statistics.fmean(results["original"]["loss"])
     groups: dict[str, list[dict]] = {}
     for run in results["runs"]:
-        budget = run["method"].partition("bits_per_weight=")[2]
+        budget = budget_of(run)
         groups.setdefault(f"within {budget}" if budget else f"{run['bits']} everywhere", []).append(run)
     rows = []
     for bits, runs in groups.items():
@@ -80,23 +92,25 @@ def rows_of(name: str, results: dict) -> list[dict]:
                 "same top 1": statistics.fmean(mean["agreement"]),
                 "over the line": "-",
                 "over one width": "-",
-                "runs": runs,
+                "loss - its": "-",
+                "budget": budget_of(runs[0]),
+                "runs": sorted(runs, key=lambda run: run["seed"]),
             }
         )
     rows.sort(key=lambda row: (row["bits/weight"], row["bits"]))
-    one = [row for row in rows if row["bits"].endswith("everywhere")]
+    one = [row for row in rows if not row["budget"]]
     for row in rows:
-        if row not in one:
+        if row["budget"]:
             low = max((r for r in one if r["bits/weight"] <= row["bits/weight"]), key=lambda r: r["bits/weight"])
             high = min((r for r in one if r["bits/weight"] >= row["bits/weight"]), key=lambda r: r["bits/weight"])
             width = high["bits/weight"] - low["bits/weight"]
             share = (row["bits/weight"] - low["bits/weight"]) / width if width else 0
             row["over the line"] = f"{row['KL'] / (low['KL'] ** (1 - share) * high['KL'] ** share):.3f}"
-            if not width:
-                found = bootstrap(
-                    *(torch.tensor([r["kl"] for r in sorted(x["runs"], key=lambda r: r["seed"])]) for x in (row, low))
-                )
-                row["over one width"] = "{:.3f} ({:.3f} .. {:.3f})".format(found.ratio, *found.ratio_interval)
+            for same in one:
+                if round(same["bits/weight"], SIZE_DIGITS) == float(row["budget"]):
+                    kl, loss = (bootstrap(values(row, key), values(same, key)) for key in ("kl", "loss"))
+                    row["over one width"] = "{:.3f} ({:.3f} .. {:.3f})".format(kl.ratio, *kl.ratio_interval)
+                    row["loss - its"] = "{:+.4f} ({:+.4f} .. {:+.4f})".format(loss.difference, *loss.difference_interval)
     return rows
 
 
@@ -112,12 +126,12 @@ def write(found: dict[str, dict], out: pathlib.Path) -> None:
         "|---" * len(COLUMNS) + "|",
         *("| " + " | ".join(form.format(row[key]) for key, form in COLUMNS.items()) + " |" for row in rows),
         "",
-        f"`python eval/mixed_precision.py`; {settings['measured']} x {settings['sequence_length']} held-out tokens (split "
+        f"`make mixed-precision`; {settings['measured']} x {settings['sequence_length']} held-out tokens (split "
         f"{settings['split']}), calibrated on {settings['samples']} x {settings['seq_len']}.",
         "",
         "KL(original || quantized) and loss in nats per token, means over calibration seeds. Over the line: KL over that of a",
-        "line between the widths on either side, on a logarithmic axis. Over one width: KL over that of one width of the same",
-        "size, 95 % of a bootstrap over seeds and sequences.",
+        "line between the widths on either side, on a logarithmic axis. Over one width: KL over that of one width everywhere",
+        "which takes all of the budget; loss less its; in brackets 95 % of a bootstrap over seeds and sequences, paired.",
         "",
         f"Commits {', '.join(commits)}; {first['machine']}.",
     ]
