@@ -312,6 +312,7 @@ def tune(
         job.scale_dtypes,
         step_done=step,
     )
+    writer.set_aside(map(job.weights.stored_name, codes))
     for name, q in codes.items():
         q = q._replace(scales=tuned.scales[name])
         writer.add_linear(job.weights.stored_name(name), q, job.plan.specs[name], job.recipe.checkpoint_format)

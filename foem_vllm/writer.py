@@ -18,7 +18,8 @@ import shutil
 from collections.abc import Iterable
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from foem_vllm import command, distributed
 from foem_vllm.checkpoint import digest, read_report, verify
@@ -94,6 +95,7 @@ class Writer:
         self.out = out.absolute()
         self.partial = self.out.parent / f".{self.out.name}.partial"
         self.folder = self.partial / "checkpoint"
+        self.untuned = self.partial / "untuned.safetensors"
         self.entries: list[dict] = []
         self.digests: dict[str, str] = {}
         self.places: dict[str, tuple[str, int, Header]] = {}
@@ -159,6 +161,8 @@ class Writer:
             for entry in found:
                 self.digests.update(entry["digests"])
         self._files = {name: os.open(self.folder / name, os.O_RDWR) for name in shards}
+        if self.untuned.is_file():
+            self._restore()
         distributed.agreed(self.entries)
 
     def _lock(self, identity: dict) -> list[dict] | None:
@@ -191,6 +195,7 @@ class Writer:
 
     def _start(self, identity: dict, shards: dict[str, dict[str, Header]]) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.untuned.unlink(missing_ok=True)
         self._journal.truncate(0)
         sizes = {name: _head(tensors)[1] for name, tensors in shards.items()}
         check_space(self.out, sum(sizes.values()))
@@ -237,14 +242,39 @@ class Writer:
             self._note(entry)
         self.entries.append(entry)
 
+    def _stored(self, name: str) -> torch.Tensor:
+        """A tensor of a quantized linear, as the files have it."""
+        file, offset, (dtype, shape) = self.places[name]
+        data = bytearray(tensor_bytes(dtype, shape))
+        os.preadv(self._files[file], [data], offset)
+        return torch.frombuffer(data, dtype={"I32": torch.int32, "F16": torch.float16}[dtype]).view(shape)
+
+    def set_aside(self, modules: Iterable[str]) -> None:
+        """Keep the scales of linears that the journal has, before others take their place: a run that is resumed needs these."""
+        new = self.untuned.with_suffix(".new")
+        with disk_errors(self.partial):
+            save_file({f"{m}.scales": self._stored(f"{m}.scales") for m in modules}, new)
+            self._sync(new)
+            new.rename(self.untuned)
+            self._sync(self.partial)
+
+    def _restore(self) -> None:
+        """Put scales back that were set aside: what is in the files is then what the journal says."""
+        with disk_errors(self.partial):
+            for name, scales in load_file(self.untuned).items():
+                self.add(name, scales)
+            for file in self._files.values():
+                os.fsync(file)
+            self.untuned.unlink()
+
+    def _sync(self, path: pathlib.Path) -> None:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+
     def read_linear(self, module: str, spec: QuantSpec, checkpoint_format: str) -> Quantized:
         """What an interrupted run has written of a linear. Raises FoemError when it is not what the journal says."""
-        tensors = {}
-        for key in TENSORS:
-            file, _, _ = self.places[f"{module}.{key}"]
-            with safe_open(self.folder / file, "pt") as f:
-                tensors[key] = f.get_tensor(f"{module}.{key}")
-        q = unpack(tensors, spec, checkpoint_format, module)
+        q = unpack({key: self._stored(f"{module}.{key}") for key in TENSORS}, spec, checkpoint_format, module)
         if digest(q, spec) != self.digests[module]:
             raise FoemError(f"{module}: damaged in {self.folder}; remove {self.partial} and start again")
         return distributed.agreed(q)

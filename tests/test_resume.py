@@ -13,6 +13,7 @@ from tiny_models import CALIBRATION, write_model
 
 from foem_vllm import QuantizeConfig, pipeline, quantize
 from foem_vllm.errors import FoemError
+from foem_vllm.writer import Writer
 
 SMALL = dict(calibration=str(CALIBRATION), samples=8, seq_len=64, group_size=32, device="cpu")
 
@@ -71,6 +72,38 @@ def test_resumed_runs_end_with_the_same_bytes(models, arch, changes, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
     again = quantize(models[arch], tmp_path / "out", config, resume=True)  # finished: nothing is done
     assert again.layers == whole.layers and again.seconds == report.seconds
+
+
+@pytest.mark.parametrize("tuned", [3, None])
+def test_runs_interrupted_behind_the_tuning_of_scales(models, tuned, tmp_path, monkeypatch):
+    """While tuned scales take the place of those that the journal knows, or when all have; then while those are put back."""
+    config, run = QuantizeConfig(**SMALL, preset="best"), (models["llama"], tmp_path / "out")
+    whole = quantize(models["llama"], tmp_path / "whole", config)
+    assert whole.tuning["held_out_kl_after"] < whole.tuning["held_out_kl_before"], "scales that were not changed show nothing"
+    written = 0
+
+    def stop(*args):
+        raise Stop
+
+    def write(self, name, *args):
+        nonlocal written
+        written += self.untuned.is_file()
+        if written > tuned:
+            raise Stop
+        return add(self, name, *args)
+
+    add = Writer.add
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "add" if tuned else "finish", write if tuned else stop)
+        with pytest.raises(Stop):
+            quantize(*run, config)
+        written = 0
+        with pytest.raises(Stop):
+            quantize(*run, config, resume=True)
+    assert (tmp_path / ".out.partial/journal.jsonl").is_file()
+    assert quantize(*run, config, resume=True).tuning == whole.tuning
+    assert weights_and_config(tmp_path / "out") == weights_and_config(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_what_cannot_be_resumed_is_refused_and_kept(models, tmp_path, monkeypatch):
