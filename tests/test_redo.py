@@ -77,14 +77,30 @@ def test_an_interrupted_redo_goes_on(llama, tmp_path, monkeypatch):
         (dict(symmetric=False), "mlp", "give --format gptq, and the same symmetry"),
         (dict(preset="best"), "mlp", "of the whole model"),
         (dict(exclude=["q_proj"]), "mlp", "layers.0.self_attn.q_proj is quantized there"),
+        (dict(group_size=64), "mlp", "group_size is 32 there, and would be 64 in what is quantized again; give the same"),
+        (dict(act_order="full"), "mlp", "desc_act is False there, and would be True"),
     ],
 )
 def test_what_makes_no_sense_is_refused(llama, tmp_path, changes, pattern, message):
     quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL, method="rtn"))
     before = weights_and_config(tmp_path / "out")
     with pytest.raises(FoemError) as error:
-        quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL, **changes), redo=pattern)
+        quantize(llama, tmp_path / "out", QuantizeConfig(**{**SMALL, **changes}), redo=pattern)
     assert message in str(error.value) and weights_and_config(tmp_path / "out") == before
+
+
+def test_another_model_of_the_same_shape_is_refused(llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL, method="rtn"))
+    other = write_model(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(FoemError, match="lm_head.weight is not there as it is in .*other; give the model"):
+        quantize(other, tmp_path / "out", QuantizeConfig(**SMALL), redo="mlp")
+
+
+def test_a_head_that_is_not_quantized_stays_so_unless_found(llama, tmp_path):
+    quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL, method="rtn"))
+    for pattern in (DOWN, "lm_head"):
+        quantize(llama, tmp_path / "out", QuantizeConfig(**SMALL, method="gptq", lm_head=True), redo=pattern)
+        assert read_config(tmp_path / "out").lm_head == (pattern == "lm_head")
 
 
 def test_damaged_and_absent_checkpoints_are_refused(llama, tmp_path):
