@@ -20,9 +20,10 @@ import torch
 
 from foem_vllm import distributed, endtoend, memory, models, selection
 from foem_vllm.block import BlockSolver
+from foem_vllm.checkpoint import read_report
 from foem_vllm.clock import Clock
 from foem_vllm.errors import FoemError
-from foem_vllm.format import dequantize
+from foem_vllm.format import dequantize, read_config
 from foem_vllm.head import quantize_head
 from foem_vllm.job import Job, prepare
 from foem_vllm.recipe import QuantizeConfig
@@ -86,7 +87,7 @@ def attempt(
     smaller = distributed.agreed(writer.earlier().get(SMALLER, smaller) if resume else smaller)
     kept = keep(job, out, redo) if redo is not None else None
     if kept is None and resume and (out / REPORT_FILE).is_file():
-        return finished_before(job, out)
+        return finished_before(job, out, source_name(model))
     if kept is None and distributed.rank() == 0:
         check_output(out)
     report = Report(job.recipe.stated, skipped=job.plan.skipped, model=source_name(model))
@@ -147,6 +148,7 @@ def identity(job: Job, report: Report, redo: str | None = None, kept: Kept | Non
     versions = {"foem_vllm": version(), "torch": torch.__version__}
     return {
         **report.recipe,
+        "format": job.recipe.checkpoint_format,
         "device": str(job.device),
         "model": {path.name: stamp for path, stamp in sorted(job.weights.stamps.items())},
         "versions": versions,
@@ -162,11 +164,13 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
-def finished_before(job: Job, out: pathlib.Path) -> Report:
-    """The report of a run that needs no resuming. Raises FoemError when it was made with other settings."""
-    report = Report.from_json(json.loads((out / REPORT_FILE).read_text("utf-8")))
-    stated = {**report.recipe, **job.recipe.stated}
-    if differing := differences(report.recipe, json.loads(json.dumps(stated))):
+def finished_before(job: Job, out: pathlib.Path, model: str) -> Report:
+    """The report of a run that needs no resuming. Raises FoemError when it was made of another model or with other settings."""
+    report = Report.from_json(read_report(out))
+    of_itself = {key: report.recipe[key] for key in ("calibration_sha256", SMALLER, "redone") if key in report.recipe}
+    there = {**report.recipe, "model": report.model, "format": read_config(out).checkpoint_format}
+    asked = {**job.recipe.stated, **of_itself, "model": model, "format": job.recipe.checkpoint_format}
+    if differing := differences(there, json.loads(json.dumps(asked))):
         raise FoemError(f"{out}: finished, but with other settings: {differing}; choose another output folder")
     return report
 

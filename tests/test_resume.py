@@ -131,6 +131,30 @@ def test_what_cannot_be_resumed_is_refused_and_kept(models, tmp_path, monkeypatc
     assert (tmp_path / ".out.partial/journal.jsonl").is_file() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "before, now, says",
+    [
+        (dict(method="gptq", refit=True), dict(method="gptq"), "refit was True and is None"),
+        (dict(method="rtn", lm_head=True), dict(method="rtn"), "lm_head was True and is None"),
+        (dict(method="rtn"), dict(method="rtn", checkpoint_format="gptq_v2"), "format was 'gptq' and is 'gptq_v2'"),
+        (dict(method="rtn"), dict(method="rtn", model="opt"), "model was 'llama' and is 'opt'"),
+    ],
+)
+def test_what_is_finished_with_other_settings_is_refused(models, before, now, says, tmp_path):
+    quantize(models["llama"], tmp_path / "out", QuantizeConfig(**SMALL, **before))
+    model = models[now.pop("model", "llama")]
+    with pytest.raises(FoemError, match=f"finished, but with other settings: {says}; choose another output folder"):
+        quantize(model, tmp_path / "out", QuantizeConfig(**SMALL, **now), resume=True)
+
+
+def test_a_run_in_another_format_is_not_resumed(models, tmp_path, monkeypatch):
+    interrupted(
+        monkeypatch, 1, models["llama"], tmp_path / "out", QuantizeConfig(**SMALL, method="rtn", checkpoint_format="gptq_v2")
+    )
+    with pytest.raises(FoemError, match="other settings: format was 'gptq_v2' and is 'gptq'; resume with"):
+        quantize(models["llama"], tmp_path / "out", QuantizeConfig(**SMALL, method="rtn"), resume=True)
+
+
 def test_resume_with_nothing_to_resume_starts(models, tmp_path):
     quantize(models["llama"], tmp_path / "out", QuantizeConfig(**SMALL, method="rtn"), resume=True)
     assert (tmp_path / "out/model.safetensors").is_file()
