@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -35,15 +36,33 @@ def read_texts(source: str, split: str = "train", column: str = "text", option: 
     if source.endswith(".txt"):
         return [path.read_text("utf-8", "replace")]
     if source.endswith(".parquet"):
-        import pyarrow.parquet as parquet
+        return _parquet(path, column, option)
+    try:
+        return list(_json_lines(path, column, option))
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, option, error) from None
 
+
+def _damaged(path: pathlib.Path, option: str, error: Exception) -> FoemError:
+    return FoemError(f"{option} {path}: damaged, or of another kind than its name says ({error}); write or download it again")
+
+
+def _parquet(path: pathlib.Path, column: str, option: str) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
         table = parquet.ParquetFile(path)
         if column not in table.schema_arrow.names:
             raise FoemError(
-                f"{option} {source}: no column {column!r} among {', '.join(table.schema_arrow.names)}; name it with --text-column"
+                f"{option} {path}: no column {column!r} among {', '.join(table.schema_arrow.names)}; name it with --text-column"
             )
-        return [t for t in table.read([column]).column(column).to_pylist() if t]
-    return list(_json_lines(path, column, option))
+        found = [t for t in table.read([column]).column(column).to_pylist() if t]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, option, error) from None
+    if not all(isinstance(t, str) for t in found):
+        raise FoemError(f"{option} {path}: column {column!r} is not one of text; name that with --text-column")
+    return found
 
 
 def _json_lines(path: pathlib.Path, column: str, option: str) -> Iterator[str]:
@@ -53,9 +72,11 @@ def _json_lines(path: pathlib.Path, column: str, option: str) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)[column]
+                if not isinstance(text, str | None):
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
                 raise FoemError(
-                    f"{option} {path}: line {number} is not a JSON object with a {column!r} field; "
+                    f"{option} {path}: line {number} is not a JSON object with text in the field {column!r}; "
                     "name the field with --text-column"
                 ) from None
             if text:

@@ -117,7 +117,8 @@ def headline(report: dict) -> str:
     grid = "symmetric" if recipe.get("symmetric") else "asymmetric"
     group = recipe.get("group_size")
     method = f"preset {recipe['preset']} ({recipe.get('method')})" if recipe.get("preset") else f"method {recipe.get('method')}"
-    return f"Quantized by foem-vllm: {method}, {recipe.get('bits')} bits, groups of {group}, {grid}"
+    bits = f"{recipe['bits']} bits" if recipe.get("bits") else "bits chosen for each linear"
+    return f"Quantized by foem-vllm: {method}, {bits}, groups of {group}, {grid}"
 
 
 def tiles(report: dict, layers: list[dict]) -> Html:

@@ -16,7 +16,7 @@ END = 0
 
 
 class Numbers:
-    """"17 18" -> [17, 18]."""
+    """ "17 18" -> [17, 18]."""
 
     eos_token_id = END
     chat_template = None
@@ -140,6 +140,29 @@ def test_calibration_files(suffix, tmp_path):
     else:
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
     assert list(read_texts(str(path))) == texts
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl: damaged, or of another kind .*can't decode byte"),
+        ("cut.json.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:40], "damaged, .*ended before the end"),
+        ("plain.json.gz", b'{"text": "a"}\n', "damaged, .*Not a gzipped file"),
+        ("broken.json.gz", gzip.compress(bytes(range(256)) * 99)[:30] + b"\0" * 50, "damaged, .*write or download it again"),
+        ("none.parquet", b"no such thing as this", "none.parquet: damaged, .*write or download"),
+        ("list.jsonl", b'{"text": null}\n{"text": ["a"]}\n', "line 2 is not a JSON object with text in the field 'text'"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FoemError, match=says):
+        read_texts(str(tmp_path / name))
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(FoemError, match="column 'text' is not one of text; name that with --text-column"):
+        read_texts(str(tmp_path / "a.parquet"))
 
 
 def test_sample_tokens_are_whole_windows_of_the_text():

@@ -161,6 +161,7 @@ def test_of_very_many_experts_the_worst_are_shown():
 def test_reports_that_lack_something_make_a_page(tmp_path):
     assert "no error is known" in render({"layers": [layer("a", None)]})
     assert "no error is known" in render({})
+    assert "method gptq, bits chosen for each linear, groups" in render({"recipe": {"method": "gptq", "bits_per_weight": 3.5}})
     assert "<h2>Time" not in render({"seconds": {}}) and "not broken down" in render({"seconds": {"load": 1.0, "total": 4.0}})
     zero = made_up(2)
     for x in zero["layers"]:
