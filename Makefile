@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families mixed-precision parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families moe mixed-precision parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ compile-table: setup ## compile every GPU kernel for sm_80 to sm_100 and note re
 
 sanitize:        ## the CPU kernels' C code under AddressSanitizer and UBSan, and valgrind where it is installed
 	mkdir -p out
-	for f in native moments; do gcc -O1 -g -std=gnu11 -fopenmp -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
+	for f in native moments grid; do gcc -O1 -g -std=gnu11 -fopenmp -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
 	  -Ikernels/foem_kernels tests/$${f}_fuzz.c -lm -o out/$${f}_fuzz && out/$${f}_fuzz 2000 || exit 1; done
 	! command -v valgrind || { gcc -O1 -g -std=gnu11 -Wno-psabi -Ikernels/foem_kernels tests/native_fuzz.c -lm -o out/native_fuzz && \
 	  valgrind --error-exitcode=1 -q out/native_fuzz 50; }
@@ -54,6 +54,9 @@ peers-matrix: setup  ## serve GPTQModel's and AutoRound's checkpoints of every f
 
 families: setup      ## small models of every family: quantize, serve, compare with transformers (continues where it stopped)
 	$(RUN) eval/families.py $(ARGS)
+
+moe: setup           ## Mixtral and Qwen3-MoE in small: quantize, serve, ask, lm-eval, beside transformers (five minutes)
+	$(RUN) eval/moe.py $(ARGS)
 
 mixed-precision: setup ## bits chosen within a budget beside one width everywhere, two small models (an hour of a core; continues)
 	$(RUN) eval/mixed_precision.py $(ARGS)

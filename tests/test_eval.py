@@ -85,6 +85,8 @@ def test_lm_eval_lines_are_those_of_the_readme():
     assert line[1:5] == ["--model", "vllm", "--model_args",
                          "pretrained=OUT,dtype=bfloat16,max_model_len=512,enforce_eager=True,quantization=foem"]
     assert "quantization" not in " ".join(command("OUT", "tinylm", "o", None, 512, "vllm", None, 3))
+    for backend in ("vllm", "hf"):
+        assert "dtype=float32" in command("OUT", "tinylm", "o", None, 512, backend, None, None, "float32")[4].split(",")
     with pytest.raises(FoemError, match="choose vllm or hf"):
         command("OUT", "tinylm", "o", None, 512, "tgi", None, None)
 

@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from foem_eval import processes
 from foem_eval.dequantized import dequantized_folder, is_quantized
 from foem_vllm.errors import FoemError
@@ -22,14 +24,14 @@ COLUMNS = {"kl": ("KL to original", "{:.5f}"), "kl_se": ("+-", "{:.5f}"), "agree
 
 
 def command(model: str, tasks: str, output: str, include_path: pathlib.Path | None, max_model_len: int, backend: str,
-            quantization: str | None, limit: int | None) -> list[str]:
+            quantization: str | None, limit: int | None, dtype: str = "bfloat16") -> list[str]:
     """The lm-eval command line, as a user would type it."""
     if backend == "vllm":
-        arguments = {"pretrained": model, "dtype": "bfloat16", "max_model_len": max_model_len, "enforce_eager": True}
+        arguments = {"pretrained": model, "dtype": dtype, "max_model_len": max_model_len, "enforce_eager": True}
         if quantization:
             arguments["quantization"] = quantization
     elif backend == "hf":
-        arguments = {"pretrained": model, "dtype": "bfloat16", "max_length": max_model_len}
+        arguments = {"pretrained": model, "dtype": dtype, "max_length": max_model_len}
     else:
         raise FoemError(f"--backend {backend}: unknown; choose vllm or hf")
     line = [processes.tool("lm-eval"), "--model", backend,
@@ -42,22 +44,25 @@ def command(model: str, tasks: str, output: str, include_path: pathlib.Path | No
 
 def evaluate(models: Sequence[str | pathlib.Path], tasks: str = "tinylm", include_path: str | pathlib.Path | None = None,
              max_model_len: int = 2048, backend: str = "vllm", quantization: str = "foem", limit: int | None = None,
-             storage: Callable[[str], dict] | None = None, log: pathlib.Path | None = None) -> list[dict]:
+             storage: Callable[[str], dict] | None = None, log: pathlib.Path | None = None,
+             dtype: str = "bfloat16") -> list[dict]:
     """One row a model: {"model", "backend", "max_model_len", "seconds", every "task/metric", what `storage(model)` gives}.
 
     models: folders or hub names. tasks: as for lm-eval, separated by commas. quantization: passed on for quantized folders only.
     backend "hf" runs quantized folders through transformers with dequantized weights. limit: documents a task. log: lm-eval's
-    output is kept in this file. Raises FoemError with the end of lm-eval's output when it fails.
+    output is kept in this file. dtype: what either backend computes in, by torch's name. Raises FoemError with the end of
+    lm-eval's output when it fails.
     """
     rows = []
     for model in map(str, models):
         start = time.monotonic()
         with contextlib.ExitStack() as stack:
             quantized = is_quantized(model)
-            run = stack.enter_context(dequantized_folder(model)) if backend == "hf" and quantized else model
+            by_transformers = backend == "hf" and quantized
+            run = stack.enter_context(dequantized_folder(model, getattr(torch, dtype))) if by_transformers else model
             output = stack.enter_context(tempfile.TemporaryDirectory(prefix="foem-eval-"))
             line = command(run, tasks, output, pathlib.Path(include_path) if include_path else None, max_model_len, backend,
-                           quantization if quantized else None, limit)
+                           quantization if quantized else None, limit, dtype)
             own_log = log or pathlib.Path(output) / "lm-eval.log"
             # vLLM 0.32 now and then aborts while it shuts down, after lm-eval has written its results.
             code = processes.run(line, own_log, survives_signal=True)
