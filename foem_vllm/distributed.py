@@ -39,6 +39,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_size() -> int:
+    """How many of the processes share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if started() else 1
+
+
 def who() -> str:
     """What a message that only this process gives begins with; empty where it is alone."""
     return f"process {os.environ.get('RANK', 0)} of {os.environ['WORLD_SIZE']}: " if size() > 1 else ""

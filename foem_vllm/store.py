@@ -17,15 +17,16 @@ import torch
 from foem_vllm.errors import FoemError
 
 
-def available_memory() -> int:
-    """Bytes of host memory that can be had now: what the system and the control group of this process still allow."""
+def available_memory(group: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that can be had now: what the system and the control group of this process still allow. Copies of
+    files that were read, weights for instance, count among what the group has, but give way."""
     for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     try:
-        group = pathlib.Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        limit, held = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - held + int(parts["active_file"]) + int(parts["inactive_file"]))
     except (OSError, ValueError):  # no control group, or one without a limit
         pass
     return free

@@ -1,12 +1,13 @@
 """Activations that have no room in memory: what comes back, what is counted, what the file costs."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import CALIBRATION, write_model
 
-from foem_vllm import QuantizeConfig, quantize, store
+from foem_vllm import QuantizeConfig, distributed, pipeline, quantize, store
 from foem_vllm.errors import FoemError
 from foem_vllm.store import Batches, Store
 
@@ -47,6 +48,25 @@ def test_room_is_counted_and_given_back(tmp_path):
     del batches
     gc.collect()
     assert space.room["host"] == 2 * size and space.spilled == 0
+
+
+def test_memory_is_what_a_control_group_allows_beside_files_that_were_read(tmp_path):
+    def group(limit: str) -> int:
+        for name, content in (("max", limit), ("current", "90"), ("stat", "anon 20\nactive_file 30\ninactive_file 40\nslab 1")):
+            (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+        return store.available_memory(tmp_path)
+
+    assert group("100") == 80 and group("max") > 1 << 20
+    assert store.available_memory(tmp_path / "absent") > 1 << 20
+
+
+def test_processes_of_one_machine_share_its_memory(tmp_path, monkeypatch):
+    job = SimpleNamespace(config=QuantizeConfig(), device=torch.device("cpu"))
+    monkeypatch.setattr(pipeline, "available_memory", lambda: 1000)
+    assert pipeline.activation_store(job, tmp_path).room["host"] == 500
+    monkeypatch.setattr(distributed, "started", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert pipeline.activation_store(job, tmp_path).room["host"] == 125
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
