@@ -8,6 +8,7 @@ the same numbers.
 from __future__ import annotations
 
 import torch
+from foem_kernels import grid as kernels
 
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 
@@ -39,28 +40,18 @@ def find_grid(
 
     Symmetric: the largest magnitude spans half of the 2**bits - 1 steps. Asymmetric: minimum to maximum, zero included.
     A group of zeros gets scale 1. With `search` the range is shrunk by the factor of SHRINK that rounds w with the smallest
-    squared error, each column weighted by importance [g] (the diagonal of H); at equal error the widest range stays.
+    squared error, each column weighted by importance, [g] or [groups, g], of w's dtype (the diagonal of H); at equal error the
+    widest range stays.
     """
     steps = (1 << spec.bits) - 1
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-
-    def grid(shrink: float):
-        span = shrink * (2 * torch.maximum(-low, high) if spec.symmetric else high - low)
-        scale = round_scales(torch.where(span > 0, span / steps, torch.ones_like(span)), dtypes)
-        zero = torch.full_like(scale, spec.mid) if spec.symmetric else (-shrink * low / scale).round().clamp(0, steps)
-        return scale, zero
-
-    scale, zero = grid(1.0)
-    if not search:
-        return scale, zero
-    least = torch.full_like(scale, torch.inf)
-    for shrink in SHRINK:
-        s, z = grid(shrink)
-        error = (to_codes(w, s[..., None], z[..., None], spec) - z[..., None]) * s[..., None] - w
-        error = (error.square() if importance is None else error.square() * importance).sum(-1)
-        better = error < least
-        scale, zero, least = torch.where(better, s, scale), torch.where(better, z, zero), torch.where(better, error, least)
-    return scale, zero
+    shrink = torch.tensor(SHRINK if search else SHRINK[:1], dtype=w.dtype, device=w.device).view(-1, *[1] * low.dim())
+    span = shrink * (2 * torch.maximum(-low, high) if spec.symmetric else high - low)
+    scales = round_scales(torch.where(span > 0, span / steps, 1), dtypes)
+    zeros = None if spec.symmetric else (-shrink * low / scales).round().clamp(0, steps)
+    level = kernels.search(w, scales, zeros, spec.bits, importance) if search else torch.zeros_like(low, dtype=torch.int64)
+    scale = scales.gather(0, level[None])[0]
+    return scale, torch.full_like(scale, spec.mid) if zeros is None else zeros.gather(0, level[None])[0]
 
 
 def refit_scales(

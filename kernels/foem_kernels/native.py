@@ -34,6 +34,9 @@ _SIGNATURES = {
     # x, x_stride, tokens, k, weights, gram, then, then_stride, now, now_stride, n, cross, threads
     "foem_cpu_add_moments": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER,
                              _INT],
+    # w, next_row, next_group, next_column, importance, scales, zeros, mid, levels, rows, groups, columns, best, isa, threads
+    "foem_cpu_search_grid": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _FLOAT, _LONG, _LONG, _LONG, _LONG,
+                             _POINTER, _INT, _INT],
 }  # fmt: skip
 
 
