@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -296,9 +297,10 @@ def main() -> None:
 
 def leave() -> None:
     """End this process, all of whose files are closed, at once: taking torch's modules apart takes a second."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    with contextlib.suppress(AttributeError, OSError):  # where stdout is closed, or takes no more, Python ends as it always does
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -251,8 +251,8 @@ class Streams(NamedTuple):
 
 
 def activation_store(job: Job, out: pathlib.Path) -> Store:
-    """Half of the memory that is there may hold activations, of all processes, unless the user says how much each of them may; what
-    has no room goes to a file."""
+    """Half of the memory that is there may hold activations, of all processes, unless the user says how much each of them may;
+    what has no room goes to a file."""
     asked = job.config.activation_memory
     host = available_memory() // (2 * distributed.local_size()) if asked is None else int(asked * 1e9)
     device = torch.cuda.mem_get_info(job.device)[0] // 2 if job.device.type == "cuda" else 0

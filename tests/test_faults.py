@@ -1,5 +1,6 @@
 """Memory that runs out, sources that change, kills between the last renames; eval/faults.py does it all to whole processes."""
 
+import io
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from test_resume import SMALL, Stop, interrupted, weights_and_config
 from tiny_models import write_model
 
-from foem_vllm import QuantizeConfig, command, memory, pipeline, quantize
+from foem_vllm import QuantizeConfig, cli, command, distributed, memory, pipeline, quantize
 from foem_vllm.errors import FoemError
 from foem_vllm.stream import BlockInputs
 from foem_vllm.writer import Writer
@@ -137,3 +138,35 @@ def test_the_command_that_goes_on(monkeypatch, words, processes, here, expected)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     assert command.resume() == expected
+
+
+@pytest.mark.parametrize(
+    "words, code, processes, stdout, at_once",
+    [
+        (["quantize", "m", "out"], 0, 1, io.StringIO(), True),
+        (["quantize", "m", "out"], 143, 1, io.StringIO(), False),
+        (["quantize", "m", "out"], 0, 2, io.StringIO(), False),
+        (["inspect", "out"], 0, 1, io.StringIO(), False),
+        (["quantize", "m", "out"], 0, 1, None, False),
+        (["quantize", "m", "out"], 0, 1, "/dev/full", False),
+    ],
+)
+def test_only_what_has_succeeded_ends_at_once(monkeypatch, words, code, processes, stdout, at_once):
+    """Else Python ends the process: with its exit code, and a word about what could not be written."""
+    left = []
+    stdout = open(stdout, "w") if isinstance(stdout, str) else stdout
+
+    def run():
+        print("buffered until the end", file=stdout) if stdout else None
+        raise SystemExit(code)
+
+    monkeypatch.setattr("sys.argv", ["foem", *words])
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr(cli, "app", run)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.os, "_exit", left.append)
+    monkeypatch.setattr(distributed, "size", lambda: processes)
+    monkeypatch.setattr(command, "words", [])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code and left == [0] * at_once
