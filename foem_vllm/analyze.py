@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from foem_vllm import models
+from foem_vllm import fp8, models
 from foem_vllm.analysis_report import OBJECTIVE, SETTINGS, STEPS, summarize
 from foem_vllm.checkpoint import quantized_modules, read_linear, tensor_sizes
 from foem_vllm.errors import FoemError
@@ -174,10 +174,26 @@ def split_objective(w0: torch.Tensor, q: torch.Tensor, x_fp: list[torch.Tensor],
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
+def original_weights(folder: pathlib.Path, hf_config, trust_remote_code: bool) -> Weights:
+    """The original's tensors by the names that a checkpoint made of it has: GPT-2's files have shorter ones, and a head that a
+    checkpoint holds for itself may be stored as the embedding only."""
+    weights = Weights(folder)
+    if any(dtype in fp8.DTYPES for dtype, _ in weights.headers.values()):
+        raise FoemError(f"{folder}: weights in 8-bit floating point; give the same model in 16 or 32 bits as --source")
+    empty = models.build_empty(hf_config, torch.float32, trust_remote_code)
+    models.adapt_names(empty, weights)
+    models.straighten(empty, weights)
+    models.untie(empty, weights)
+    for name in list(weights.files):
+        weights.files.setdefault(weights.stored_name(name), weights.files[name])
+    return weights
+
+
 def check_pair(out: pathlib.Path, source: pathlib.Path, packed: Weights, weights: Weights, config: FormatConfig) -> None:
     """Refuse a checkpoint and an original that do not belong together: names, shapes, or values that should not have changed."""
     pair = f"{out} and {source} do not belong together"
-    modules, found, original = set(quantized_modules(packed.files)), tensor_sizes(out), tensor_sizes(source)
+    modules, found = set(quantized_modules(packed.files)), tensor_sizes(out)
+    original = {name: shape for name, (_, shape) in weights.headers.items()}
     if not modules:
         raise FoemError(f"{out}: no quantized weights (no tensor ends in .qweight); give a checkpoint made by `foem quantize`")
     for module in sorted(modules):
@@ -188,13 +204,16 @@ def check_pair(out: pathlib.Path, source: pathlib.Path, packed: Weights, weights
             read_linear(packed, module, config)  # says what is wrong
         rows, n = found[f"{module}.qweight"][0]
         k = found[f"{module}.g_idx"][0][0] if f"{module}.g_idx" in found else rows * 32 // spec.bits
-        if original[f"{module}.weight"][0] != (n, k):
-            shape = list(original[f"{module}.weight"][0])
-            raise FoemError(f"{pair}: {module} is {[n, k]}, but {shape} in the original; give the checkpoint's own original")
+        shape = original[f"{module}.weight"]
+        shape = shape[::-1] if f"{module}.weight" in weights.transposed else shape
+        if shape != (n, k):
+            raise FoemError(
+                f"{pair}: {module} is {[n, k]}, but {list(shape)} in the original; give the checkpoint's own original"
+            )
     stored = {name for name in found if not (name.rpartition(".")[0] in modules and name.rpartition(".")[2] in TENSORS)}
     for name in sorted(stored & set(original)):
-        if found[name][0] != original[name][0]:
-            shapes = f"{list(found[name][0])}, but {list(original[name][0])} in the original"
+        if found[name][0] != original[name]:
+            shapes = f"{list(found[name][0])}, but {list(original[name])} in the original"
             raise FoemError(f"{pair}: {name} is {shapes}; give the checkpoint's own original")
         # Tools may store these in another half precision; anything beyond its rounding is another model.
         if not torch.allclose(packed.read(name).float(), weights.read(name).float(), rtol=2**-7, atol=1e-6):
@@ -263,7 +282,7 @@ def analyze(
     config, packed = read_config(out), Weights(out)
     folder = models.resolve(source)
     hf_config = models.load_config(folder, trust_remote_code)
-    target, weights = pick_device(device), Weights(folder)
+    target, weights = pick_device(device), original_weights(folder, hf_config, trust_remote_code)
     check_pair(out, folder, packed, weights, config)
     try:
         tokens = calibration_tokens(
@@ -274,6 +293,7 @@ def analyze(
     except FoemError as error:  # the same checks as for calibration, under this command's option names
         raise FoemError(str(error).replace("--calibration", "--text").replace("--samples", "--sequences")) from None
     network = Network(folder, tokens, target, trust_remote_code)
+    models.straighten(network.model, weights)
     modules = {m for m in quantized_modules(packed.files) if only is None or only(m)}
     groups = order_linears(network, modules)
     terms: dict[str, dict[str, dict[str, torch.Tensor]]] = {setting: {} for setting in SETTINGS}
@@ -281,7 +301,8 @@ def analyze(
     relative: dict[str, float] = {}
 
     def original_weight(name: str) -> torch.Tensor:
-        return weights.read(f"{name}.weight").to(target, torch.float32)
+        weight = weights.read(f"{name}.weight").to(target, torch.float32)
+        return weight.T if f"{name}.weight" in weights.transposed else weight
 
     def quantized_weight(name: str) -> torch.Tensor:
         q, w0 = dequantize(*read_linear(packed, name, config)).to(target), original_weight(name)

@@ -159,10 +159,20 @@ def find_transposed(model: nn.Module) -> dict[str, nn.Module]:
 def straighten(model: nn.Module, weights: Weights) -> None:
     """Put linears in the place of modules that compute the same with a transposed weight; `weights` is told which those are."""
     for path, module in find_transposed(model).items():
-        (k, n), where = module.weight.shape, {"device": module.weight.device, "dtype": module.weight.dtype}
+        linear = nn.Linear(*module.weight.shape, device="meta")
+        linear.weight, linear.bias = nn.Parameter(module.weight.T.contiguous(), requires_grad=False), module.bias
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Linear(k, n, **where).requires_grad_(False))
+        setattr(model.get_submodule(parent), name, linear)
         weights.transposed.add(f"{path}.weight")
+
+
+def untie(model: nn.Module, weights: Weights) -> None:
+    """Let `weights` answer to the name of an output head that is stored as the embedding only."""
+    modules = {module: name for name, module in model.named_modules()}
+    head, embedding = (f"{modules.get(m)}.weight" for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if model.get_output_embeddings() is not None and head not in weights.files:
+        weights.files[head], weights.headers[head] = weights.files[embedding], weights.headers[weights.stored_name(embedding)]
+        weights.stored[head] = weights.stored.get(embedding, embedding)
 
 
 def load_eager(folder: pathlib.Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:

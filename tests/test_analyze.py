@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,14 +87,21 @@ def test_terms_add_up(pair):
     assert first["single"]["measured"] == first["cumulative"]["measured"], "the first linear has no prefix"
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "phi3", "opt", "gpt_neox"])
-def test_cumulative_changes_telescope(arch, pair, tmp_path):
-    """They add up to the loss change that transformers finds for the whole dequantized checkpoint, sequence by sequence."""
-    if arch == "qwen3":
+@pytest.mark.parametrize(
+    "arch, lm_head",
+    [("qwen3", False), ("gemma2", False), ("phi3", False), ("opt", False), ("gpt_neox", False), ("qwen3", True), ("gpt2", True)],
+)
+def test_cumulative_changes_telescope(arch, lm_head, pair, tmp_path):
+    """They add up to the loss change that transformers finds for the whole dequantized checkpoint, sequence by sequence. Heads
+    are those of models that tie them; GPT-2's linears are stored transposed, on the hub by shorter names."""
+    if (arch, lm_head) == ("qwen3", False):
         source, out, analysis = pair
     else:
         source, out = write_model(tmp_path / "model", arch), tmp_path / "out"
-        quantize(source, out, RTN)
+        if arch == "gpt2":
+            short = {name.removeprefix("transformer."): t for name, t in load_file(source / "model.safetensors").items()}
+            save_file(short, source / "model.safetensors", metadata={"format": "pt"})
+        quantize(source, out, replace(RTN, lm_head=lm_head))
         analysis = analyze(out, source, **TEXT)
     tokens = tokens_of(source)
     original, quantized = load(source, torch.float32), load_dequantized(out)
@@ -325,6 +333,11 @@ def test_bad_input_is_refused(pair, tmp_path, monkeypatch):
     refused("embed_tokens.weight is .* in the original", origin=write_model(tmp_path / "vocabulary", "qwen3", vocab_size=5000))
     shallow = write_model(tmp_path / "shallow", "qwen3", num_hidden_layers=1)
     refused("layers.1.* is quantized, but the original has no", origin=shallow)
+    small = load_file(source / "model.safetensors")
+    small |= {"model.norm.weight": small["model.norm.weight"].to(torch.float8_e4m3fn)}
+    shutil.copytree(source, tmp_path / "small")
+    save_file(small, tmp_path / "small/model.safetensors", metadata={"format": "pt"})
+    refused("weights in 8-bit floating point; give the same model in 16 or 32 bits", origin=tmp_path / "small")
     refused("holds other values", origin=write_model(tmp_path / "seed", "qwen3", seed=1))
     codes = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.scales"]
     far = copy_with(out, tmp_path / "far", model__layers__0__mlp__up_proj__scales=codes * 8)
