@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from foem_vllm import endtoend, models, selection
+from foem_vllm import budget, endtoend, models, selection
 from foem_vllm.block import BlockSolver
 from foem_vllm.clock import Clock
 from foem_vllm.integrity import tensor_bytes
@@ -50,7 +50,7 @@ def examine(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantize
     out = pathlib.Path(out)
     job = prepare(model, config or QuantizeConfig())
     check_output(out)
-    disk = sum(tensor_bytes(*header) for header in job.tensors().values())
+    disk = stored(job)
     check_space(out, disk)
     forget_peak()
     seconds = timed(job, out)
@@ -61,15 +61,27 @@ def examine(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantize
     return {"linears": kinds(job), "skipped": skipped, "needs": asdict(needs)}
 
 
+def stored(job: Job) -> int:
+    """Bytes of all tensors of the checkpoint; with bits that are yet to be chosen, at most."""
+    found = sum(tensor_bytes(*header) for header in job.tensors().values())
+    if job.recipe.bits_per_weight is None:
+        return found
+    shapes = {name: job.empty.get_submodule(name).weight.shape for name in job.plan.specs}
+    usual = sum(budget.stored_bits(spec, *shapes[name]) for name, spec in job.plan.specs.items())
+    return found + int(job.recipe.bits_per_weight * sum(n * k for n, k in shapes.values()) - usual) // 8
+
+
 def kinds(job: Job) -> list[dict]:
-    """Linears that are quantized, by the last two parts of their names (experts without their number) and shape."""
+    """Linears that are quantized, by the last two parts of their names (experts without their number) and shape. bits: None where
+    they are yet to be chosen."""
     rows: dict[tuple, dict] = {}
     for name, spec in job.plan.specs.items():
         module = job.empty.get_submodule(name)
         n, k = module.weight.shape
         kind = ".".join([part for part in job.weights.stored_name(name).split(".") if not part.isdecimal()][-2:])
         row = rows.setdefault((kind, n, k, spec), {"kind": kind, "linears": 0, "n": n, "k": k})
-        row |= {"linears": row["linears"] + 1, "bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+        bits = spec.bits if job.recipe.bits_per_weight is None or name == job.plan.head else None
+        row |= {"linears": row["linears"] + 1, "bits": bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
     return list(rows.values())
 
 
@@ -190,7 +202,7 @@ def print_plan(found: dict) -> None:
         table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
     for row in found["linears"]:
         grid = "symmetric" if row["symmetric"] else "asymmetric"
-        values = row["linears"], f"{row['n']} x {row['k']}", row["bits"], row["group_size"], grid
+        values = row["linears"], f"{row['n']} x {row['k']}", row["bits"] or "chosen", row["group_size"], grid
         table.add_row(row["kind"], *map(str, values))
     console.print(table)
     for reason, names in found["skipped"].items():

@@ -38,6 +38,18 @@ def test_layers_and_size_are_those_of_the_run(arch, changes, tmp_path):
     assert ("gradients" in stages, "forward" in stages) == (changes.get("preset") == "best", changes.get("method") != "rtn")
 
 
+def test_bits_that_are_yet_to_be_chosen(tmp_path, capsys):
+    source = write_model(tmp_path / "model", "llama")
+    config = QuantizeConfig(**SMALL, preset="fast", bits_per_weight=4.9, lm_head=True)
+    found = preflight.examine(source, tmp_path / "out", config)
+    quantize(source, tmp_path / "out", config)
+    written = storage(tmp_path / "out")["bytes"]
+    assert 0.95 * found["needs"]["disk"] < written <= found["needs"]["disk"]
+    assert {row["kind"]: row["bits"] for row in found["linears"]}.items() >= {"lm_head": 4, "mlp.down_proj": None}.items()
+    preflight.print_plan(found)
+    assert "chosen" in capsys.readouterr().out
+
+
 def test_memory_is_foretold(tmp_path):
     """In processes of their own, because a peak is that of a process."""
     options = ["--calibration", str(CALIBRATION), "--samples", "64", "--seq-len", "256", "--device", "cpu"]
