@@ -36,7 +36,6 @@ from foem_vllm.grid import GRIDS, SCALE_DTYPES, find_grid, refit_scales
 
 PUBLISHED_BLOCK = 128
 MAX_DAMPING = 1.0
-DIRECT_INVERSE = 128  # columns; more are halved
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[
     while tried <= MAX_DAMPING:
         L, info = torch.linalg.cholesky_ex((H + tried * unit * identity).flip(0, 1))
         if info == 0:
-            U = upper_inverse(L.flip(0, 1))
+            U = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
             if torch.isfinite(U).all():
                 notes = (
                     () if tried == damping else (f"damping raised from {damping:g} to {tried:g}: H was not positive definite",)
@@ -98,19 +97,6 @@ def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[
         tried = max(10 * tried, 1e-4)
     U = (diagonal + damping * unit).clamp(min=torch.finfo(H.dtype).tiny).rsqrt().diag()
     return U, damping, ("H could not be factored at any damping up to 1: its diagonal was used alone",)
-
-
-def upper_inverse(R: torch.Tensor) -> torch.Tensor:
-    """R^-1 [K, K] of an upper triangular R. Half by half, so that most of it is products of matrices: on CPUs a third of the time
-    of solving for the identity's columns, and as exact."""
-    k = len(R)
-    if k <= DIRECT_INVERSE:
-        return torch.linalg.solve_triangular(R, torch.eye(k, dtype=R.dtype, device=R.device), upper=True)
-    half, inverse = k // 2, torch.zeros_like(R)
-    first, last = slice(0, half), slice(half, k)
-    inverse[first, first], inverse[last, last] = upper_inverse(R[first, first]), upper_inverse(R[last, last])
-    inverse[first, last] = -(inverse[first, first] @ (R[first, last] @ inverse[last, last]))
-    return inverse
 
 
 def visit_order(diagonal: torch.Tensor, spec: QuantSpec) -> torch.Tensor | None:
