@@ -107,8 +107,7 @@ def describe(folder: pathlib.Path) -> dict:
     if not folder.is_dir():
         raise FoemError(f"{folder}: no such folder")
     config, weights = read_config(folder), Weights(folder)
-    report = folder / REPORT_FILE
-    reported = json.loads(report.read_text("utf-8")) if report.is_file() else {}
+    reported = read_report(folder) if (folder / REPORT_FILE).is_file() else {}
     layers = reported.get("layers", [])
     known = {layer["name"] for layer in layers}
     for module in quantized_modules(weights.files):

@@ -37,10 +37,11 @@ class Plan:
 def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str], weights: Weights) -> Plan:
     """Every linear of the blocks with `spec`, but those that a regular expression of `exclude` finds.
 
-    Warns of what only our plugin serves then. Raises FoemError when nothing is left, when K is not a multiple of the group size,
-    or when the files use other names.
+    Warns of what only our plugin serves then, and of expressions that find nothing. Raises FoemError when nothing is left, when K
+    is not a multiple of the group size, or when the files use other names.
     """
     plan = Plan({}, {})
+    _warn_of_idle(exclude, {name.removesuffix(".weight") for name in weights.headers})
     for index, block in enumerate(blocks):
         prefix = f"{blocks_name}.{index}."
         for name, linear in models.find_linears(block).items():
@@ -57,6 +58,12 @@ def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list
         raise FoemError("no linear is left to quantize; check --exclude and the architecture")
     _warn_of_fused(plan, {weights.stored_name(name) for name in plan.specs})
     return plan
+
+
+def _warn_of_idle(exclude: list[str], names: set[str]) -> None:
+    for pattern in exclude:
+        if not any(re.search(pattern, name) for name in names):
+            logger.warning("--exclude %s finds nothing in this model, whose names are like %s", pattern, min(names))
 
 
 def _warn_of_fused(plan: Plan, quantized: set[str]) -> None:

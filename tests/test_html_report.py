@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
 
 import browser
 import pytest
@@ -14,7 +15,7 @@ from tiny_models import CALIBRATION, write_model
 from typer.testing import CliRunner
 
 from foem_vllm import QuantizeConfig, quantize
-from foem_vllm.checkpoint import read_report
+from foem_vllm.checkpoint import describe, read_report
 from foem_vllm.cli import app
 from foem_vllm.errors import FoemError
 from foem_vllm.html_charts import VOID, Html, place, tag
@@ -190,6 +191,10 @@ def test_without_a_report_there_is_no_page(checkpoint, tmp_path):
     (tmp_path / "foem_report.json").write_text("{")
     with pytest.raises(FoemError, match="not JSON"):
         read_report(tmp_path)
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    (damaged / "foem_report.json").write_text("{")
+    with pytest.raises(FoemError, match="not JSON"):
+        describe(damaged)
 
 
 # ---------------------------------------------------------------- the model card

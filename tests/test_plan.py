@@ -12,6 +12,7 @@ from foem_vllm.stream import Weights
 @pytest.mark.parametrize("exclude, warned", [
     ([], []), (["self_attn"], []), (["mlp.down"], []), (["[qkv]_proj"], []), (["layers.1."], []),
     (["q_proj"], ["q_proj as it is, but not k_proj and v_proj"]),
+    (["up_porj", "mlp$", "norm$"], ["--exclude mlp$ finds nothing in this model", "--exclude up_porj finds nothing"]),
     (["0.mlp.up_proj", "1.*v_proj"], ["up_proj as it is, but not gate_proj", "v_proj as it is, but not q_proj and k_proj"]),
 ])  # fmt: skip
 def test_linears_that_vllm_fuses_with_excluded_ones_are_named(exclude, warned, tmp_path, caplog):
