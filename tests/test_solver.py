@@ -7,7 +7,7 @@ import torch
 from foem_vllm.errors import FoemError
 from foem_vllm.format import QuantSpec, dequantize
 from foem_vllm.grid import SCALE_DTYPES, find_grid, round_scales, round_to_nearest
-from foem_vllm.solver import SolverConfig, blocks, factor, layer_loss, solve, visit_order
+from foem_vllm.solver import SolverConfig, blocks, factor, is_finite, layer_loss, solve, visit_order
 
 
 def problem(n=6, k=48, tokens=200, seed=0, drift=0.05):
@@ -294,6 +294,16 @@ def test_bad_arguments(arguments, message):
 def test_bad_configs(values):
     with pytest.raises(FoemError, match=next(iter(values))):
         SolverConfig(**values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_found_and_an_overflow_of_the_sum_is_not(dtype):
+    huge = torch.full((300, 70), torch.finfo(dtype).max, dtype=dtype)
+    assert not huge.sum().isfinite() and is_finite(huge) and is_finite(huge[:0]) and is_finite(-huge.T)
+    for values in ((torch.nan,), (torch.inf,), (-torch.inf,), (torch.inf, -torch.inf)):
+        for t in (torch.randn(300, 70).to(dtype), huge.clone()):
+            t[299, 68 : 68 + len(values)] = torch.tensor(values, dtype=dtype)
+            assert not is_finite(t) and not is_finite(t.T)
 
 
 def test_non_finite_input_is_named():
