@@ -12,6 +12,7 @@ from torch import nn
 
 from foem_vllm import distributed
 from foem_vllm.errors import FoemError
+from foem_vllm.solver import is_finite
 from foem_vllm.store import Batches
 from foem_vllm.stream import StopForward
 
@@ -92,7 +93,7 @@ class Moments:
         found[0] = found[0].triu() + found[0].triu(1).T
         if self._weight is not None:
             found[2] -= self._weight @ found[0]
-        if not all(t is None or torch.isfinite(t).all() for t in found):
+        if not all(t is None or is_finite(t) for t in found):
             raise FoemError(
                 f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
                 "(is it run in the dtype it was trained in?)"
