@@ -3,11 +3,13 @@
     python kernels/bench_solver.py [--size 4096] [--rounds 3] [--out FILE]
 
 `loop` is what the kernel replaces: all columns of the layer, a block of 128 at a time, rounded with the updates inside the block.
-`solve` is the whole layer, Cholesky and the matrix products between blocks included. Both take turns in every round; medians.
+`solve` is the whole layer, Cholesky and the matrix products between blocks included; `grid` is the search for all its groups'
+grids. Both take turns in every round; medians.
 """
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -25,11 +27,13 @@ from foem_eval.provenance import provenance  # noqa: E402
 from foem_kernels import cpu_solver, solver  # noqa: E402
 
 from foem_vllm.format import QuantSpec, dequantize  # noqa: E402
+from foem_vllm.grid import find_grid  # noqa: E402
 from foem_vllm.solver import SolverConfig, layer_loss, solve  # noqa: E402
 
 METHODS = {"gptq": SolverConfig(), "foem": SolverConfig(beta=0.2), "foem+gptaq": SolverConfig(alpha=0.25, beta=0.2)}
 FUNCTIONS = {"torch": solver.quantize_block, "cpu": cpu_solver.quantize_block}
 BLOCK, GROUP = 128, 128
+SPEC = QuantSpec(4, GROUP)
 
 
 def random_layer(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,14 +67,14 @@ def loop(function: Callable, W: torch.Tensor, config: SolverConfig) -> Callable[
     return run
 
 
-def whole(name: str, W, H, D, config: SolverConfig, solved: dict) -> Callable[[], float]:
-    """Seconds of `solve` with the kernel of that name; the result goes into `solved`."""
+def forced(name: str, call: Callable, results: dict) -> Callable[[], float]:
+    """Seconds of `call` with the kernels of that name; what it returns goes into `results`."""
     def run() -> float:
         before = os.environ.get("FOEM_SOLVER")
         os.environ["FOEM_SOLVER"] = name
         try:
             started = time.perf_counter()
-            solved[name] = solve(W, H, QuantSpec(4, GROUP), config, D).quantized
+            results[name] = call()
             return time.perf_counter() - started
         finally:
             os.environ.pop("FOEM_SOLVER")
@@ -95,8 +99,10 @@ def measure(size: int, rounds: int) -> list[dict]:
     for method, config in METHODS.items():
         solved = {}
         loops = take_turns({name: loop(function, W, config) for name, function in FUNCTIONS.items()}, rounds)
-        wholes = take_turns({name: whole(name, W, H, D, config, solved) for name in FUNCTIONS}, rounds)
-        losses = [layer_loss(dequantize(solved[name], QuantSpec(4, GROUP)) - W, H) for name in FUNCTIONS]
+        call = functools.partial(solve, W, H, SPEC, config, D)
+        wholes = take_turns({name: forced(name, call, solved) for name in FUNCTIONS}, rounds)
+        solved = {name: found.quantized for name, found in solved.items()}
+        losses = [layer_loss(dequantize(solved[name], SPEC) - W, H) for name in FUNCTIONS]
         rows.append({"method": method, "size": size, "loop_torch_s": loops["torch"], "loop_cpu_s": loops["cpu"],
                      "loop_ratio": loops["torch"] / loops["cpu"], "solve_torch_s": wholes["torch"], "solve_cpu_s": wholes["cpu"],
                      "solve_ratio": wholes["torch"] / wholes["cpu"], "loss_ratio": losses[1] / losses[0],
@@ -106,6 +112,19 @@ def measure(size: int, rounds: int) -> list[dict]:
               f"{row['loop_ratio']:5.1f} x; whole layer {row['solve_torch_s']:.2f} s, {row['solve_cpu_s']:.2f}: "
               f"{row['solve_ratio']:.2f} x; {row['equal']:.4%} of codes equal, loss x {row['loss_ratio']:.6f}", flush=True)
     return rows
+
+
+def measure_grid(size: int, rounds: int) -> dict:
+    """The search for the grids of all groups, also on the terminal; equal: the part of scales that both find."""
+    W, H, _ = random_layer(size)
+    found = {}
+    call = functools.partial(find_grid, W.view(size, -1, GROUP), SPEC, search=True, importance=H.diagonal().view(-1, GROUP))
+    seconds = take_turns({name: forced(name, call, found) for name in FUNCTIONS}, rounds)
+    row = {"size": size, "torch_s": seconds["torch"], "cpu_s": seconds["cpu"], "ratio": seconds["torch"] / seconds["cpu"],
+           "equal": float((found["torch"][0] == found["cpu"][0]).double().mean())}
+    print(f"grid        {1e3 * row['torch_s']:8.1f} ms in torch, {1e3 * row['cpu_s']:7.1f} fused: {row['ratio']:5.1f} x; "
+          f"{row['equal']:.4%} of scales equal", flush=True)
+    return row
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench_solver: cpu_solver {reason}", file=sys.stderr)
         return 2
     origin = provenance()
-    result = {**origin, "threads": torch.get_num_threads(), "rounds": args.rounds, "rows": measure(args.size, args.rounds)}
+    result = {**origin, "threads": torch.get_num_threads(), "rounds": args.rounds, "rows": measure(args.size, args.rounds),
+              "grid": measure_grid(args.size, args.rounds)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"wrote {args.out}")

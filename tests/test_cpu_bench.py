@@ -30,7 +30,8 @@ def test_solver_rows_compare_equal_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FOEM_SOLVER", "torch")
     out = tmp_path / "solver.json"
     assert bench_solver.main(["--size", "256", "--rounds", "1", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    rows, grid = (json.loads(out.read_text())[name] for name in ("rows", "grid"))
+    assert grid["equal"] > 0.999 and grid["ratio"] == pytest.approx(grid["torch_s"] / grid["cpu_s"])
     assert [row["method"] for row in rows] == ["gptq", "foem", "foem+gptaq"] and "256" not in capsys.readouterr().err
     for row in rows:
         assert row["equal"] > 0.999 and row["loss_ratio"] == pytest.approx(1, abs=1e-3)
