@@ -1,6 +1,7 @@
 """Bits chosen within a budget beside one width everywhere: tinylm and the Llama-style model, KL and perplexity on held-out text.
 
-    make mixed-precision        # eval/results/mixed_precision; goes on where it stopped
+    make mixed-precision                      # eval/results/mixed_precision; goes on where it stopped
+    python eval/mixed_precision.py --table    # of what is measured so far
 
 Quantizes what OUT/MODEL/results.json lacks (as `foem compare`), then writes table.md, table.csv and kl_by_bits.png into OUT.
 Two of the budgets are what 3 and 4 bits everywhere take: there the choice stands beside one width of no smaller size, paired. The
@@ -18,7 +19,7 @@ import statistics
 
 import torch
 from foem_eval.compare import RESULTS_FILE, Comparison, compare
-from foem_eval.divergence import bootstrap
+from foem_eval.divergence import Bootstrap, bootstrap
 from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).parent
@@ -41,7 +42,7 @@ COLUMNS = {
 }
 
 
-def measure(model: str, out: pathlib.Path, seeds: list[int]) -> dict:
+def measure(model: str, out: pathlib.Path, seeds: list[int]) -> None:
     data = HERE / "tinylm/data"
     common = dict(
         model=str(HERE / "tinylm" / model),
@@ -57,7 +58,6 @@ def measure(model: str, out: pathlib.Path, seeds: list[int]) -> dict:
     )
     compare(Comparison(**common, methods=["balanced"], bits=[2, 3, 4, 8]))
     compare(Comparison(**common, methods=[f"balanced:bits_per_weight={b}" for b in BUDGETS], bits=[4]))
-    return json.loads((out / RESULTS_FILE).read_text("utf-8"))
 
 
 def budget_of(run: dict) -> str:
@@ -65,9 +65,11 @@ def budget_of(run: dict) -> str:
     return run["method"].partition("bits_per_weight=")[2]
 
 
-def values(row: dict, key: str) -> torch.Tensor:
-    """[seeds, sequences] in the order of seeds."""
-    return torch.tensor([run[key] for run in row["runs"]])
+def paired(row: dict, other: dict, key: str) -> Bootstrap:
+    """row's values against other's, over the seeds that both were measured with."""
+    values = [{run["seed"]: run[key] for run in r["runs"]} for r in (row, other)]
+    seeds = sorted(values[0].keys() & values[1].keys())
+    return bootstrap(*(torch.tensor([own[seed] for seed in seeds]) for own in values))
 
 
 def rows_of(name: str, results: dict) -> list[dict]:
@@ -94,7 +96,7 @@ def rows_of(name: str, results: dict) -> list[dict]:
                 "over one width": "-",
                 "loss - its": "-",
                 "budget": budget_of(runs[0]),
-                "runs": sorted(runs, key=lambda run: run["seed"]),
+                "runs": runs,
             }
         )
     rows.sort(key=lambda row: (row["bits/weight"], row["bits"]))
@@ -108,7 +110,7 @@ def rows_of(name: str, results: dict) -> list[dict]:
             row["over the line"] = f"{row['KL'] / (low['KL'] ** (1 - share) * high['KL'] ** share):.3f}"
             for same in one:
                 if round(same["bits/weight"], SIZE_DIGITS) == float(row["budget"]):
-                    kl, loss = (bootstrap(values(row, key), values(same, key)) for key in ("kl", "loss"))
+                    kl, loss = (paired(row, same, key) for key in ("kl", "loss"))
                     row["over one width"] = "{:.3f} ({:.3f} .. {:.3f})".format(kl.ratio, *kl.ratio_interval)
                     row["loss - its"] = "{:+.4f} ({:+.4f} .. {:+.4f})".format(loss.difference, *loss.difference_interval)
     return rows
@@ -168,8 +170,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results/mixed_precision")
     parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the table of what is there")
     given = parser.parse_args()
-    write({model: measure(model, given.out / model, given.seeds) for model in MODELS}, given.out)
+    if not given.table:
+        for model in MODELS:
+            measure(model, given.out / model, given.seeds)
+    write({model: json.loads((given.out / model / RESULTS_FILE).read_text("utf-8")) for model in MODELS}, given.out)
 
 
 if __name__ == "__main__":
