@@ -191,6 +191,7 @@ def summary(ends: list[bool], states: Counter) -> tuple[str, bool]:
 
 
 def signals(bench: Bench) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they start with them
     for number, name, code in ((signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)):
         for index, when in ((0, "before the first block is finished"), (1, "after it")):
             action = before_block(index, lambda number=number: os.kill(os.getpid(), number))
