@@ -11,13 +11,7 @@ MAX_LEVELS = 32
 
 def supports(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """None when weights of that dtype are searched right there, else the reason why not, in one line."""
-    if torch.device(device).type != "cpu":
-        return f"runs on cpu, not {torch.device(device).type}"
-    if dtype != torch.float32:
-        return f"takes float32, not {dtype}"
-    if native.library() is None:
-        return "was not compiled when foem-vllm was installed (no C compiler?); install one and reinstall"
-    return None
+    return native.lacking(device, dtype, torch.float32)
 
 
 def search(

@@ -9,12 +9,8 @@ from foem_kernels import native
 
 def supports(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """None when moments of activations of that dtype are added up right there, else the reason why not, in one line."""
-    if torch.device(device).type != "cpu":
-        return f"runs on cpu, not {torch.device(device).type}"
-    if dtype != torch.bfloat16:
-        return f"takes bfloat16, not {dtype}"
-    if native.library() is None:
-        return "was not compiled when foem-vllm was installed (no C compiler?); install one and reinstall"
+    if (reason := native.lacking(device, dtype, torch.bfloat16)) is not None:
+        return reason
     if native.INSTRUCTION_SETS[native.instruction_set()] != "avx512_bf16":
         return "needs a CPU with AVX-512 BF16"
     return None

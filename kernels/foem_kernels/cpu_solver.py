@@ -15,15 +15,9 @@ MAX_COLUMNS = 128
 
 def supports(device: torch.device | str, dtype: torch.dtype, columns: int = MAX_COLUMNS) -> str | None:
     """None when blocks of up to `columns` columns are computed right there, else the reason why not, in one line."""
-    if torch.device(device).type != "cpu":
-        return f"runs on cpu, not {torch.device(device).type}"
-    if dtype != torch.float32:
-        return f"takes float32, not {dtype}"
     if columns > MAX_COLUMNS:
         return f"takes blocks of up to {MAX_COLUMNS} columns, not {columns}"
-    if native.library() is None:
-        return "was not compiled when foem-vllm was installed (no C compiler?); install one and reinstall"
-    return None
+    return native.lacking(device, dtype, torch.float32)
 
 
 def quantize_block(

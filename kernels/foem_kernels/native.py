@@ -15,7 +15,7 @@ import os
 import pathlib
 import platform
 
-import torch  # noqa: F401  first, so that the library finds torch's OpenMP runtime loaded
+import torch  # first, so that the library finds torch's OpenMP runtime loaded
 
 logger = logging.getLogger("foem_kernels")
 
@@ -73,3 +73,14 @@ def instruction_set() -> int:
 
 def pointer(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
+
+
+def lacking(device: torch.device | str, dtype: torch.dtype, takes: torch.dtype) -> str | None:
+    """Why a compiled kernel that takes one dtype does not run there, in one line; None when it does."""
+    if torch.device(device).type != "cpu":
+        return f"runs on cpu, not {torch.device(device).type}"
+    if dtype != takes:
+        return f"takes {str(takes).removeprefix('torch.')}, not {dtype}"
+    if library() is None:
+        return "was not compiled when foem-vllm was installed (no C compiler?); install one and reinstall"
+    return None
