@@ -7,7 +7,7 @@ import torch
 from foem_vllm.errors import FoemError
 from foem_vllm.format import QuantSpec, dequantize
 from foem_vllm.grid import SCALE_DTYPES, find_grid, round_scales, round_to_nearest
-from foem_vllm.solver import SolverConfig, blocks, factor, is_finite, layer_loss, solve, visit_order
+from foem_vllm.solver import SolverConfig, blocks, factor, is_finite, layer_loss, solve, upper_inverse, visit_order
 
 
 def problem(n=6, k=48, tokens=200, seed=0, drift=0.05):
@@ -213,6 +213,16 @@ def test_factor_is_the_cholesky_factor_of_the_inverse():
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(48, dtype=h.dtype)
     assert damping == 0.01 and not notes and torch.equal(u, u.triu())
     assert torch.allclose(u.T @ u @ damped, torch.eye(48, dtype=h.dtype), atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 128, 129, 300, 515])
+def test_an_upper_triangular_matrix_is_inverted_half_by_half(k):
+    x = torch.randn(2 * k, k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) * torch.logspace(0, -3, k)
+    R = torch.linalg.cholesky(x.T @ x / len(x) + 1e-4 * torch.eye(k)).T
+    for dtype, near in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
+        found = upper_inverse(R.to(dtype))
+        assert found.dtype == dtype and torch.equal(found, found.triu())
+        assert (found.double() @ R - torch.eye(k)).abs().max() < near
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256, 512, -1])
