@@ -228,14 +228,14 @@ class BlockSolver:
         first = stage[0]
         linear = block.get_submodule(first)
         token_weights = self._token_weights(index, {n: block.get_submodule(n).out_features for n in stage})
-        weight = None if shown is None or place is None else linear.weight
-        moments = capture.Moments(
-            linear.in_features, linear.weight.device, selection.FOLDS, shown is not None and weight is None, weight
-        )
+        n, k = linear.weight.shape
+        joins = shown is not None and place is not None
+        cross = shown is not None and place is None
+        moments = capture.Moments(k, linear.weight.device, selection.FOLDS, cross, n if joins else None)
         kept = []
         at = first if place is None else place
         for b in range(len(self.inputs.hidden)):
-            with contextlib.nullcontext() if weight is None else capture.silent(linear):
+            with capture.silent(linear) if joins else contextlib.nullcontext():
                 now = capture.observe(block, {first, at}, functools.partial(run, b))
             then = shown[b][at].get() if shown and at in shown[b] else None
             if shown and getattr(then, "shape", None) != getattr(now.get(at), "shape", None):

@@ -21,8 +21,9 @@ SUM_SHARE = 0.9  # of the elements must show a perturbation unchanged where a li
 
 
 class Means(NamedTuple):
-    """Moments per token. h: X_q^T X_q [K, K]. d: (X_fp - X_q)^T X_q [K, K]. g: (Y_fp - Y_q)^T X_q [N, K], where Y is the residual
-    stream that the linear's output has joined, before the linear is quantized. tokens: how many."""
+    """Moments per token. h: X_q^T X_q [K, K]. d: (X_fp - X_q)^T X_q [K, K]. g: (Y_fp - Y_q)^T X_q [N, K], where Y_fp is the
+    residual stream that the linear's output has joined, and Y_q the same in the quantized model without that output. tokens: how
+    many."""
 
     h: torch.Tensor
     d: torch.Tensor | None
@@ -33,16 +34,14 @@ class Means(NamedTuple):
 class Moments:
     """Sums behind `Means`, in float32, kept apart for `folds` parts of the text: one can judge what another made.
 
-    cross: with d. weight: [N, K] of the linear, with g. What is added must then lack the linear's own output, which the moments
-    know: it need not be computed.
+    cross: with d. outputs: N of the linear, with g.
     """
 
-    def __init__(self, k: int, device: torch.device, folds: int = 1, cross: bool = False, weight: torch.Tensor | None = None):
+    def __init__(self, k: int, device: torch.device, folds: int = 1, cross: bool = False, outputs: int | None = None):
         self.counts = [0] * folds
-        self._weight = None if weight is None else weight.float()
         self._h = torch.zeros(folds, k, k, device=device)
         self._d = torch.zeros(folds, k, k, device=device) if cross else None
-        self._g = None if weight is None else torch.zeros(folds, *weight.shape, device=device)
+        self._g = None if outputs is None else torch.zeros(folds, outputs, k, device=device)
 
     def add(
         self,
@@ -53,7 +52,7 @@ class Moments:
         weights: torch.Tensor | None = None,
     ) -> None:
         """x: [..., K] inputs in the quantized model. now, then: the same tokens in the quantized and in the original model:
-        inputs [..., K] for d; for g the residual stream [..., N], `now` before the linear's output has joined it. weights:
+        inputs [..., K] for d; for g the residual stream [..., N], `now` without the linear's output. weights:
         [tokens], how much each counts."""
         x = x.reshape(-1, x.shape[-1])
         self.counts[fold] += len(x)
@@ -89,10 +88,8 @@ class Moments:
         """Over all tokens, or those of some parts; FoemError naming the layer when an activation was not finite."""
         parts = list(range(len(self.counts))) if parts is None else parts
         tokens = sum(self.counts[i] for i in parts)
-        found = [None if s is None else s[parts].sum(0) / max(tokens, 1) for s in (self._h, self._d, self._g)]
+        found = [None if s is None else sum(s[i] for i in parts) / max(tokens, 1) for s in (self._h, self._d, self._g)]
         found[0] = found[0].triu() + found[0].triu(1).T
-        if self._weight is not None:
-            found[2] -= self._weight @ found[0]
         if not all(t is None or is_finite(t) for t in found):
             raise FoemError(
                 f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "

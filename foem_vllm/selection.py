@@ -69,7 +69,9 @@ def splits(folds: list[Means]) -> list[tuple[list[Means], list[Means]]]:
 
 def drift(W: torch.Tensor, means: Means) -> torch.Tensor | None:
     """G [N, K] of the module's docstring."""
-    return means.g if means.g is not None else None if means.d is None else W.to(means.d) @ means.d
+    if means.g is not None:
+        return torch.addmm(means.g, W.to(means.h), means.h, alpha=-1)
+    return None if means.d is None else W.to(means.d) @ means.d
 
 
 def spread(n: int, count: int) -> torch.Tensor:

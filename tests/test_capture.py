@@ -11,6 +11,7 @@ from torch import nn
 from foem_vllm import models
 from foem_vllm.capture import Known, Moments, Part, find_part, find_stages, find_sum, observe, silent
 from foem_vllm.errors import FoemError
+from foem_vllm.selection import drift
 
 MORE = {
     **CONFIGS,
@@ -187,7 +188,7 @@ def test_folds_add_up_to_the_whole(kind):
     g = torch.Generator().manual_seed(0)
     k, n, sizes = 5, 3, (7, 4, 9, 2, 6)
     W = torch.randn(n, k, generator=g)
-    moments = Moments(k, torch.device("cpu"), 4, kind == "d", W if kind == "g" else None)
+    moments = Moments(k, torch.device("cpu"), 4, kind == "d", n if kind == "g" else None)
     x = [torch.randn(1, t, k, generator=g) for t in sizes]
     extra = [torch.randn(1, t, n if kind == "g" else k, generator=g) for t in sizes]  # original minus quantized
     now = [torch.randn(e.shape, generator=g) for e in extra]
@@ -204,8 +205,7 @@ def test_folds_add_up_to_the_whole(kind):
     for found, parts in [(moments.means(), {0, 1, 2}), (moments.means([0, 2]), {0, 2}), *((folds[i], {i}) for i in range(3))]:
         h, other, tokens = expected(parts)
         assert torch.allclose(found.h.double(), h, atol=1e-6) and found.tokens == tokens
-        for name in ("d", "g"):
-            value = getattr(found, name)
+        for name, value in (("d", found.d), ("g", drift(W, found) if kind == "g" else None)):
             assert (value is None) == (name != kind) and (value is None or torch.allclose(value.double(), other, atol=1e-5))
 
 

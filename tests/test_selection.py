@@ -9,7 +9,7 @@ import torch
 from foem_vllm import selection
 from foem_vllm.capture import Means
 from foem_vllm.format import QuantSpec, dequantize
-from foem_vllm.selection import choose, correct, full_correction, merge, score, splits
+from foem_vllm.selection import choose, correct, drift, full_correction, merge, score, splits
 from foem_vllm.solver import SolverConfig, solve
 
 K, N = 24, 6
@@ -32,7 +32,7 @@ class Text:
     def part(self, begin, end):
         x, t = self.x[begin:end], end - begin
         d = (self.x_fp[begin:end] - x).T @ x / t if self.kind == "d" else None
-        g = (self.y[begin:end] - x @ self.W.T).T @ x / t if self.kind == "g" else None
+        g = self.y[begin:end].T @ x / t if self.kind == "g" else None
         return Means(x.T @ x / t, d, g, t)
 
     def without(self, begin, end):
@@ -111,11 +111,12 @@ def test_strength_follows_how_much_of_the_drift_is_linear():
 
 def test_strength_is_clamped_and_zero_leaves_the_target_alone():
     text = Text(100)
-    opposite = text.part(50, 100)._replace(g=-text.part(0, 50).g)
+    opposite = text.part(50, 100)
+    opposite = opposite._replace(g=text.W @ opposite.h - drift(text.W, text.part(0, 50)))
     assert correct(text.W, [text.part(0, 50), opposite], 0.05) == (text.W, 0.0)
     # a heavily damped correction is too short, so the best factor is far above 1
     assert correct(text.W, text.folds(50), 1.0).strength == 1.0
-    still = Text(100, drift=0.0, noise=0.0)
+    still = Text(100, drift=0.0, noise=0.0, kind="d")
     assert correct(still.W, still.folds(50), 0.05) == (still.W, 0.0)
     assert correct(text.W, text.folds(50), 0.05, 0.0) == (text.W, 0.0)
     assert correct(text.W, [text.part(0, 100)], 0.05) == (text.W, 0.0)  # nothing to judge by
