@@ -17,6 +17,7 @@ from foem_vllm.store import Batches
 from foem_vllm.stream import StopForward
 
 GRAM_STEP = 128  # rows of a second moment that are computed together
+MIRROR_STEP = 512  # and that are copied to below the diagonal together
 SUM_SHARE = 0.9  # of the elements must show a perturbation unchanged where a linear's output is found again
 
 
@@ -88,14 +89,32 @@ class Moments:
         """Over all tokens, or those of some parts; FoemError naming the layer when an activation was not finite."""
         parts = list(range(len(self.counts))) if parts is None else parts
         tokens = sum(self.counts[i] for i in parts)
-        found = [None if s is None else sum(s[i] for i in parts) / max(tokens, 1) for s in (self._h, self._d, self._g)]
-        found[0] = found[0].triu() + found[0].triu(1).T
+        found = [None if s is None else self._mean(s, parts, max(tokens, 1)) for s in (self._h, self._d, self._g)]
+        mirror(found[0])
         if not all(t is None or is_finite(t) for t in found):
             raise FoemError(
                 f"{name}: NaN or Inf in its input activations during calibration; the model overflows on this text "
                 "(is it run in the dtype it was trained in?)"
             )
         return Means(*found, tokens)
+
+
+    @staticmethod
+    def _mean(sums: torch.Tensor, parts: list[int], tokens: int) -> torch.Tensor:
+        found = sums[parts[0]] / tokens
+        for i in parts[1:]:
+            found.add_(sums[i], alpha=1 / tokens)
+        return found
+
+
+def mirror(h: torch.Tensor) -> None:
+    """Copy what lies above the diagonal of h [K, K] to below it."""
+    k = len(h)
+    for i in range(0, k, MIRROR_STEP):
+        end = min(k, i + MIRROR_STEP)
+        square = h[i:end, i:end]
+        square.copy_(square.triu() + square.triu(1).T)
+        h[end:, i:end] = h[i:end, end:].T
 
 
 @contextlib.contextmanager

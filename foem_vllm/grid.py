@@ -56,8 +56,9 @@ def find_grid(
 
 def refit_scales(
     q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor, dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
-) -> Quantized:
-    """q with the scales, and zero points at most one away, that bring it closest to target [N, K] under H [K, K]; same codes.
+) -> tuple[Quantized, torch.Tensor]:
+    """(q with the scales, and zero points at most one away, that bring it closest to target [N, K] under H [K, K]; same codes,
+    (target - Q) H [N, K] in the end).
 
     One group after the other, in closed form. With V = codes - zero of group g and R = [(target - Q) H]_g, moving the zero point
     by d and the scale by t changes tr((Q - target) H (Q - target)^T) by
@@ -70,10 +71,10 @@ def refit_scales(
     scales = q.scales.to(H).clone()
     zeros = None if q.zeros is None else q.zeros.to(H)
     grid = dequantize(q._replace(scales=torch.ones_like(scales)), spec).to(H)  # codes - zero
-    group = torch.arange(k, device=H.device) // (k // scales.shape[1]) if q.g_idx is None else q.g_idx.to(H.device)
+    size = k // scales.shape[1]
     residual = (target.to(H) - dequantize(q, spec).to(H)) @ H
     for g in range(scales.shape[1]):
-        columns = (group == g).nonzero().squeeze(1)
+        columns = slice(g * size, (g + 1) * size) if q.g_idx is None else (q.g_idx.to(H.device) == g).nonzero().squeeze(1)
         V, R, scale = grid[:, columns], residual[:, columns], scales[:, g].clone()
         Hg = H[columns][:, columns]
         least = torch.zeros_like(scale)
@@ -93,8 +94,9 @@ def refit_scales(
         scales[:, g] = best
         if zeros is not None:
             zeros[:, g] += moved
-        residual -= (best[:, None] * (V - moved[:, None]) - scale[:, None] * V) @ H[columns]
-    return q._replace(scales=scales.to(q.scales.dtype), zeros=None if q.zeros is None else zeros.to(q.zeros.dtype))
+        residual.addmm_(best[:, None] * (V - moved[:, None]) - scale[:, None] * V, H[columns], alpha=-1)
+    q = q._replace(scales=scales.to(q.scales.dtype), zeros=None if q.zeros is None else zeros.to(q.zeros.dtype))
+    return q, residual
 
 
 def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -16,11 +16,10 @@ from foem_vllm.solver import Solved, SolverConfig, solve
 
 @dataclass(frozen=True)
 class Settled:
-    """How a matrix is solved: what the recipe says, and what held-out text chose. folds: what corrects its target, with this
-    damping, strength: how far. descent: whether codes are moved once more, None when not asked for."""
+    """How a matrix is solved: what the recipe says, and what held-out text chose. damping, strength: of its target's correction.
+    descent: whether codes are moved once more, None when not asked for."""
 
     solver: SolverConfig
-    folds: list[capture.Means]
     damping: float
     strength: float
     choice: selection.Choice | None
@@ -36,18 +35,21 @@ def settle(
 ) -> Settled:
     """Choose what the recipe leaves open for W [N, K]: a matrix, or rows that stand for a larger one."""
     solver, strength, choice = replace(recipe.solver, scale_dtypes=scale_dtypes), recipe.correct, None
+    correction = None
     folds = moments.folds() if strength != 0 or recipe.auto or solver.descent else []
     if not folds:
         strength = 0.0
     elif strength is None:
-        strength = selection.fit_strength(W, folds, solver.damping)
+        strength, correction = selection.fit_strength(W, folds, solver.damping)
     if recipe.auto:
         choice = selection.choose(W, folds, spec, solver, recipe.auto, strength)
         solver = replace(solver, alpha=choice.alpha, beta=choice.beta, damping=choice.damping)
-    descent = selection.descent_helps(W, folds, spec, solver, strength) if solver.descent else None
+    if solver.damping != recipe.solver.damping:
+        correction = None
+    descent = selection.descent_helps(W, folds, spec, solver, strength, correction) if solver.descent else None
     strength, choice, descent, solver = distributed.agreed((strength, choice, descent, solver))
     solver = replace(solver, descent=bool(descent))
-    return Settled(solver, folds, recipe.solver.damping, strength, choice, descent)
+    return Settled(solver, recipe.solver.damping, strength, choice, descent)
 
 
 class SolvedRows(NamedTuple):
@@ -65,7 +67,7 @@ def solve_shared(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled
         return solve_rows(W, means, spec, settled)
     n = len(W)
     mine = torch.arange(n, device=W.device)[distributed.share(n)]
-    part = solve_rows(W[mine], means, spec, replace(settled, folds=selection.of_rows(settled.folds, mine)))
+    part = solve_rows(W[mine], selection.of_rows([means], mine)[0], spec, settled)
     solved = part.solved._replace(
         quantized=Quantized(*(t if t is None or t.ndim == 1 else distributed.joined(t, n) for t in part.solved.quantized))
     )
@@ -74,7 +76,9 @@ def solve_shared(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled
 
 def solve_rows(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled) -> SolvedRows:
     """W: [N, K] float32, any rows of the matrix that was settled."""
-    target = selection.correct(W, settled.folds, settled.damping, settled.strength).target
+    target = selection.correct(W, [means], settled.damping, settled.strength).target
     solved = solve(W, means.h, spec, settled.solver, means.d, target)
     after = dequantize(solved.quantized, spec)
-    return SolvedRows(solved, after, *(((t @ means.h) * t).sum(1) for t in (after - target, W)))
+    missed = target - after
+    pull = missed @ means.h if solved.pull is None else solved.pull
+    return SolvedRows(solved._replace(pull=None), after, (pull * missed).sum(1), ((W @ means.h) * W).sum(1))

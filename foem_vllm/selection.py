@@ -51,11 +51,18 @@ class Correction(NamedTuple):
 
 def merge(parts: list[Means]) -> Means:
     """Moments of several parts of the text together."""
+    if len(parts) == 1:
+        return parts[0]
     tokens = sum(p.tokens for p in parts)
 
     def mean(name):
-        values = [getattr(p, name) for p in parts]
-        return None if values[0] is None else sum(v * (p.tokens / tokens) for v, p in zip(values, parts))
+        first, *others = (getattr(p, name) for p in parts)
+        if first is None:
+            return None
+        found = first * (parts[0].tokens / tokens)
+        for p, other in zip(parts[1:], others):
+            found.add_(other, alpha=p.tokens / tokens)
+        return found
 
     return Means(mean("h"), mean("d"), mean("g"), tokens)
 
@@ -89,27 +96,31 @@ def full_correction(W: torch.Tensor, means: Means, damping: float) -> torch.Tens
     h = means.h
     # One column can dwarf the rest; a layer that is fed nothing has no correction.
     ridge = (damping * h.diagonal().mean()).clamp(min=torch.finfo(h.dtype).tiny)
-    L, info = torch.linalg.cholesky_ex(h + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device))
+    damped = h.clone()
+    damped.diagonal().add_(ridge)
+    L, info = torch.linalg.cholesky_ex(damped)
     if info != 0:
         return torch.zeros_like(W, dtype=h.dtype)
     return torch.cholesky_solve(drift(W, means).T, L).T
 
 
-def fit_strength(W: torch.Tensor, folds: list[Means], damping: float) -> float:
-    """How far to correct the target of W [N, K]: fitted to the folds that did not make the correction C, <G_v, C> / <C H_v, C>
-    clamped to 0 .. 1 (METHOD: alpha*)."""
+def fit_strength(W: torch.Tensor, folds: list[Means], damping: float) -> tuple[float, torch.Tensor | None]:
+    """(how far to correct the target of W [N, K], the full correction of FEW_ROWS of its rows that lacks the last fold).
+
+    Fitted to the folds that did not make the correction C: <G_v, C> / <C H_v, C>, clamped to 0 .. 1 (METHOD: alpha*).
+    """
     toward = length = 0.0
-    rows = spread(len(W), FEW_ROWS).to(W.device)
+    C, rows = None, spread(len(W), FEW_ROWS).to(W.device)
     for suggests, judges in splits(of_rows(folds, rows)):
         C, held = full_correction(W[rows], merge(suggests), damping), merge(judges)
         toward += float((drift(W[rows], held) * C).sum())
         length += float(((C @ held.h) * C).sum())
-    return min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0
+    return min(max(toward / length, 0.0), 1.0) if length > 0 else 0.0, C
 
 
 def correct(W: torch.Tensor, folds: list[Means], damping: float, strength: float | None = None) -> Correction:
     """The corrected target W + strength G H^-1 (QEP, arXiv 2504.09629; Qronos, 2505.11695) of W [N, K]; None: fitted."""
-    strength = fit_strength(W, folds, damping) if strength is None else strength
+    strength = fit_strength(W, folds, damping)[0] if strength is None else strength
     if strength == 0.0 or not folds:
         return Correction(W, 0.0)
     return Correction(W.to(folds[0].h) + strength * full_correction(W, merge(folds), damping), strength)
@@ -167,19 +178,29 @@ def choose(
     return Choice(*chosen, gain=float((plain - table[chosen]).mean() / unit), scores=scores)
 
 
-def descent_helps(W: torch.Tensor, folds: list[Means], spec: QuantSpec, config: SolverConfig, strength: float = 0.0) -> bool:
+def descent_helps(
+    W: torch.Tensor,
+    folds: list[Means],
+    spec: QuantSpec,
+    config: SolverConfig,
+    strength: float = 0.0,
+    correction: torch.Tensor | None = None,
+) -> bool:
     """Whether coordinate descent on the codes of W [N, K] lowers the score on a fold that it has not seen (the last one).
 
-    Nor have the codes that it starts from: against codes made with that fold, no descent looks good on it.
+    Nor have the codes that it starts from: against codes made with that fold, no descent looks good on it. correction: from
+    `fit_strength` where that was called with the same damping.
     """
     if len(folds) < 2:
         return False
     rows = spread(len(W), FEW_ROWS).to(W.device)
     W, folds = W[rows].to(folds[0].h), of_rows(folds, rows)
     seen, held = merge(folds[:-1]), folds[-1]
-    target = correct(W, [seen], config.damping, strength).target if strength else W
+    if strength and correction is None:
+        correction = full_correction(W, seen, config.damping)
+    target = W + strength * correction if strength else W
     start = solve(W, seen.h, spec, replace(config, descent=False, refit=False), seen.d, target).quantized
-    results = (finish(start, spec, target, seen.h, replace(config, descent=descent)) for descent in (False, True))
+    results = (finish(start, spec, target, seen.h, replace(config, descent=descent))[0] for descent in (False, True))
     before, after = (score(dequantize(q, spec).to(W) - W, W, held).sum() for q in results)
     return bool(after < before)
 

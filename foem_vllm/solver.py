@@ -70,11 +70,13 @@ class SolverConfig:
 
 
 class Solved(NamedTuple):
-    """quantized: codes and grid. damping: the fraction that was used in the end. notes: what did not go as asked."""
+    """quantized: codes and grid. damping: the fraction that was used in the end. notes: what did not go as asked. pull:
+    (target - Q) H [N, K] where that is known."""
 
     quantized: Quantized
     damping: float
     notes: tuple[str, ...] = ()
+    pull: torch.Tensor | None = None
 
 
 def is_finite(t: torch.Tensor) -> bool:
@@ -235,14 +237,17 @@ def solve(
         None if spec.symmetric else zeros.T.contiguous().to(torch.uint8),
         g_idx,
     )
-    return Solved(finish(quantized, spec, aim, H, config), damping, notes)
+    quantized, pull = finish(quantized, spec, aim, H, config)
+    return Solved(quantized, damping, notes, pull)
 
 
-def finish(q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor, config: SolverConfig) -> Quantized:
-    """q after what config has in store for codes that are all known: descent, then refit."""
+def finish(
+    q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor, config: SolverConfig
+) -> tuple[Quantized, torch.Tensor | None]:
+    """(q after what config has in store for codes that are all known, (target - Q) H of it where known): descent, then refit."""
     if config.descent:
         q, _ = descend(q, spec, target, H)
-    return refit_scales(q, spec, target, H, config.scale_dtypes) if config.refit else q
+    return refit_scales(q, spec, target, H, config.scale_dtypes) if config.refit else (q, None)
 
 
 def layer_loss(delta: torch.Tensor, H: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from foem_vllm import distributed, fp8
 from foem_vllm.errors import FoemError
 from foem_vllm.integrity import read_header, weight_files
+from foem_vllm.solver import is_finite
 from foem_vllm.store import Batches, Store
 
 
@@ -117,7 +118,7 @@ def fill(
                 f"{prefix}{name} is {list(value.shape)} in {weights.files[prefix + name].name}, but config.json "
                 f"makes it {list(parameter.shape)}; the files and the config belong to different models"
             )
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise FoemError(
                 f"{prefix}{name}: NaN or Inf in the weights of {weights.files[prefix + name].name}; "
                 "the model is damaged, download it again"

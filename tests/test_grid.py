@@ -75,11 +75,12 @@ def test_refit_finds_the_best_storable_grid_of_every_group(case):
     spec = QuantSpec(3, group, symmetric, order)
     before = solve(target, h, spec, SolverConfig(scale_dtypes=dtypes)).quantized
     assert (before.g_idx is not None) == (order == "full" and group != -1)
-    after = refit_scales(before, spec, target, h, dtypes)
+    after, pull = refit_scales(before, spec, target, h, dtypes)
     scales, zeros = scan(before, spec, target, x, dtypes)
     assert torch.equal(after.scales.double(), scales)
     assert torch.equal(after.codes, before.codes) and after.g_idx is before.g_idx
     assert after.zeros is None if symmetric else torch.equal(after.zeros, zeros.to(torch.uint8))
+    assert torch.allclose(pull, (target - dequantize(after, spec).double()) @ h, atol=1e-9)
     assert (error(after, spec, target, x) <= error(before, spec, target, x)).all()
     assert error(after, spec, target, x).sum() < 0.99 * error(before, spec, target, x).sum()
     for dtype in dtypes:
@@ -97,14 +98,14 @@ def test_refit_never_raises_the_error(dtypes):
         for factor in (1e-4, 1.0, 1e5):
             spec = QuantSpec(3, 8, seed % 2 == 0)
             q = round_to_nearest(factor * target.roll(1, 0), spec, dtypes)
-            after = refit_scales(q, spec, factor * target, h, dtypes)
+            after, _ = refit_scales(q, spec, factor * target, h, dtypes)
             was, now = (error(each, spec, factor * target, x) for each in (q, after))
             assert (now <= was * (1 + 1e-9)).all() and torch.isfinite(after.scales).all()
             for dtype in dtypes:
                 assert torch.equal(after.scales.to(dtype).double(), after.scales)
     target, x = problem(64)
     fine = round_to_nearest(target, QuantSpec(3, 8))  # a coarser storage than its scales had: some of them are better left alone
-    after = refit_scales(fine, QuantSpec(3, 8), target, x.T @ x / len(x), BOTH)
+    after, _ = refit_scales(fine, QuantSpec(3, 8), target, x.T @ x / len(x), BOTH)
     was, now = (error(each, QuantSpec(3, 8), target, x) for each in (fine, after))
     assert (now <= was * (1 + 1e-9)).all()
 
@@ -116,7 +117,7 @@ def test_refit_leaves_groups_without_inputs_or_weights_alone():
     q = round_to_nearest(target, spec)
     h = torch.eye(32, dtype=torch.float64)
     h[8:16] = 0
-    after = refit_scales(q, spec, target, h)
+    after, _ = refit_scales(q, spec, target, h)
     assert torch.equal(after.scales[:, :2], q.scales[:, :2]) and not torch.equal(after.scales[:, 2:], q.scales[:, 2:])
 
 
@@ -126,7 +127,7 @@ def test_solver_refits_toward_the_target_that_it_was_given():
     W = target + 0.02 * torch.randn(target.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     spec = QuantSpec(3, 8, True, "group")
     plain, refit = (solve(W, h, spec, SolverConfig(refit=r), target=target) for r in (False, True))
-    assert torch.equal(refit.quantized.scales, refit_scales(plain.quantized, spec, target, h).scales)
+    assert torch.equal(refit.quantized.scales, refit_scales(plain.quantized, spec, target, h)[0].scales)
     after, before = (float(error(s.quantized, spec, target, x).mean()) for s in (refit, plain))
     assert after < before
     assert layer_loss(dequantize(refit.quantized, spec).double() - target, h) == pytest.approx(after)
