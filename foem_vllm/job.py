@@ -89,6 +89,9 @@ def without_collector():
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():
+                gc.freeze()  # and back: all that is there now counts as old, and is looked at when old things are
+                gc.unfreeze()
             gc.enable()
 
 
