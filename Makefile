@@ -38,7 +38,7 @@ compile-table: setup ## compile every GPU kernel for sm_80 to sm_100 and note re
 
 sanitize:        ## the CPU kernels' C code under AddressSanitizer and UBSan, and valgrind where it is installed
 	mkdir -p out
-	for f in native moments grid; do gcc -O1 -g -std=gnu11 -fopenmp -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
+	for f in native moments grid descent; do gcc -O1 -g -std=gnu11 -fopenmp -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all \
 	  -Ikernels/foem_kernels tests/$${f}_fuzz.c -lm -o out/$${f}_fuzz && out/$${f}_fuzz 2000 || exit 1; done
 	! command -v valgrind || { gcc -O1 -g -std=gnu11 -Wno-psabi -Ikernels/foem_kernels tests/native_fuzz.c -lm -o out/native_fuzz && \
 	  valgrind --error-exitcode=1 -q out/native_fuzz 50; }

@@ -8,6 +8,7 @@ points, gain most, and long descents fit the calibration text rather than the la
 from __future__ import annotations
 
 import torch
+from foem_kernels import descent as kernels
 
 from foem_vllm.format import Quantized, QuantSpec, dequantize, group_index
 
@@ -23,25 +24,7 @@ def descend(q: Quantized, spec: QuantSpec, target: torch.Tensor, H: torch.Tensor
     groups = (group_index(k, spec) if q.g_idx is None else q.g_idx).long().to(H.device)
     size = q.scales.to(H)[:, groups]
     codes, top = q.codes.clone(), (1 << spec.bits) - 1
-    # Half of what a step changes is up + slope, or down - slope; it never helps at the edge of the grid.
     slope = ((dequantize(q, spec).to(H) - target.to(H)) @ H) * size
     cost = size.square() * (H.diagonal() / 2)
-    up, down = cost.masked_fill(codes == top, torch.inf), cost.masked_fill(codes == 0, torch.inf)
-    rows, taken = torch.arange(n, device=H.device), 0
-    for _ in range(max(1, round(STEPS * k))):
-        least, column = torch.minimum(up + slope, down - slope).min(1)
-        moving = least < 0
-        count = int(moving.sum())
-        if not count:
-            break
-        taken += count
-        if 2 * count < len(rows):  # a row that has come to rest stays there
-            rows, column, slope, size, cost, up, down = (t[moving] for t in (rows, column, slope, size, cost, up, down))
-            moving = moving[moving]
-        at = torch.arange(len(rows), device=H.device), column
-        direction = torch.where(slope[at] > 0, -1, 1) * moving
-        new = codes[rows, column].int() + direction
-        codes[rows, column] = new.to(codes.dtype)
-        up[at], down[at] = (torch.where(new == edge, torch.inf, cost[at]) for edge in (top, 0))
-        slope = torch.addcmul(slope, size, H[column] * (direction * size[at])[:, None])
+    taken = kernels.descend(codes, slope, size, cost, H, top, max(1, round(STEPS * k)))
     return q._replace(codes=codes), taken

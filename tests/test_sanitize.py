@@ -13,7 +13,7 @@ FLAGS = ["-O1", "-g", "-std=gnu11", "-fopenmp", "-Wno-psabi", "-fsanitize=addres
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
-@pytest.mark.parametrize("source, problems", [("native", 60), ("moments", 60), ("grid", 100)])
+@pytest.mark.parametrize("source, problems", [("native", 60), ("moments", 60), ("grid", 100), ("descent", 300)])
 def test_no_memory_error_and_no_undefined_behaviour(tmp_path, source, problems):
     program = tmp_path / "fuzz"
     subprocess.run(["gcc", *FLAGS, f"-I{KERNELS}", str(HERE / f"{source}_fuzz.c"), "-lm", "-o", str(program)], check=True)

@@ -37,6 +37,8 @@ _SIGNATURES = {
     # w, next_row, next_group, next_column, importance, scales, zeros, mid, levels, rows, groups, columns, best, isa, threads
     "foem_cpu_search_grid": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _FLOAT, _LONG, _LONG, _LONG, _LONG,
                              _POINTER, _INT, _INT],
+    # codes, slope, size, cost, H, rows, columns, top, steps, taken, isa, threads
+    "foem_cpu_descend": [*[_POINTER] * 5, _LONG, _LONG, _INT, _LONG, _POINTER, _INT, _INT],
 }  # fmt: skip
 
 
