@@ -86,7 +86,7 @@ def test_products_are_rounded_before_they_are_added(isa):
     n, k, h = 64, 16, 0.7310586
     g = torch.Generator().manual_seed(0)
     size, slope, cost, H = torch.rand(n, k, generator=g) + 0.5, torch.zeros(n, k), torch.full((n, k), 99.0), torch.zeros(k, k)
-    size[:, 0], slope[:, 0], cost[:, 0], H[0, 0] = 1.0, -10.0, 10.0, 20.0
+    size[:, 0], slope[:, 0], cost[:, 0], H[0, 0] = 1.0, -10.0, 5.0, 10.0
     slope[:, 1], cost[:, 1:3], H[0, 1] = -2.0 - torch.rand(n, generator=g), 0.0, h
     slope[:, 2] = slope[:, 1] + size[:, 1] * H[0, 1]
     codes = torch.full((n, k), 3, dtype=torch.uint8)
