@@ -18,8 +18,8 @@ setup(
     ext_modules=[
         Extension(
             "foem_kernels._native",
-            [f"kernels/foem_kernels/{name}.c" for name in ("cpu_w4a16", "cpu_solver", "cpu_moments", "cpu_grid", "cpu_descent")],
-            depends=[f"kernels/foem_kernels/{name}.h" for name in ("cpu_tile", "cpu_rows", "cpu_grid_lanes", "cpu_descent_lanes")],
+            [f"kernels/foem_kernels/cpu_{name}.c" for name in ("w4a16", "solver", "moments", "grid", "descent")],
+            depends=[f"kernels/foem_kernels/cpu_{name}.h" for name in ("tile", "rows", "grid_lanes", "descent_lanes")],
             # Instruction sets are chosen at run time, so a wheel runs on other machines than the one it was built on.
             extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],

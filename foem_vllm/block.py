@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from foem_vllm import capture, distributed, experts, models, selection
+from foem_vllm import capture, distributed, experts, models
 from foem_vllm.clock import Clock
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
-from foem_vllm.rows import settle, solve_shared
+from foem_vllm.rows import power, settle, solve_shared
 from foem_vllm.store import Batches, Held
 from foem_vllm.stream import BlockInputs
 
@@ -129,7 +129,7 @@ class BlockSolver:
             members = {f"{name}.{n}": linears[f"{name}.{n}"] for n in stage if f"{name}.{n}" in linears}
             if not members:
                 continue
-            moments, tokens = experts.moments_of(module, expert, stage[0], calls, selection.FOLDS, *drift)
+            moments, tokens = experts.moments_of(module, expert, stage[0], calls, self.recipe.folds, *drift)
             for result, q in self._solve_stage(members, prefix, moments):
                 result.tokens = tokens
                 if tokens < result.k:
@@ -152,14 +152,14 @@ class BlockSolver:
         stacked = torch.cat([m.weight.float() for m in linears.values()])
         with self.clock("solve"):
             settled = settle(stacked, moments, spec, self.recipe, self.scale_dtypes)
-            solved, after, losses, sizes = solve_shared(stacked, means, spec, settled)
+            solved, after, losses = solve_shared(stacked, means, spec, settled)
         row = 0
         for name, linear in linears.items():
             rows = slice(row, row + linear.out_features)
             row = rows.stop
             result = self._result(linear, prefix + name, spec, list(solved.notes))
             result.loss = float(losses[rows].mean())
-            result.relative = result.loss / max(float(sizes[rows].mean()), 1e-30)
+            result.relative = result.loss / max(power(stacked[rows], means), 1e-30)
             settled.describe(result, solved.damping, moments.tokens)
             linear.weight.data.copy_(after[rows])
             yield result, Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
@@ -231,7 +231,7 @@ class BlockSolver:
         n, k = linear.weight.shape
         joins = shown is not None and place is not None
         cross = shown is not None and place is None
-        moments = capture.Moments(k, linear.weight.device, selection.FOLDS, cross, n if joins else None)
+        moments = capture.Moments(k, linear.weight.device, self.recipe.folds, cross, n if joins else None)
         kept = []
         at = first if place is None else place
         for b in range(len(self.inputs.hidden)):
@@ -246,7 +246,7 @@ class BlockSolver:
             if first in now:  # else none of the batch's tokens is routed to it
                 with self.clock("moments"):
                     moments.add(
-                        distributed.number(b) % selection.FOLDS,
+                        distributed.number(b) % self.recipe.folds,
                         now[first],
                         now[at],
                         then,

@@ -17,7 +17,7 @@ from foem_vllm.format import Quantized, QuantSpec
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.job import Job
 from foem_vllm.report import LayerResult
-from foem_vllm.rows import Settled, settle, solve_shared
+from foem_vllm.rows import Settled, power, settle, solve_shared
 from foem_vllm.stream import BlockInputs
 
 ROWS = 8192  # solved together
@@ -61,10 +61,10 @@ def collect(job: Job, inputs: BlockInputs, original: BlockInputs | None) -> capt
     def fed(hidden: torch.Tensor) -> torch.Tensor:
         return capture.observe(job.empty, {name}, functools.partial(outer, hidden))[name]
 
-    moments = capture.Moments(job.empty.get_submodule(name).in_features, job.device, selection.FOLDS, original is not None)
+    moments = capture.Moments(job.empty.get_submodule(name).in_features, job.device, job.recipe.folds, original is not None)
     for b, hidden in enumerate(inputs.hidden):
         now = fed(hidden)
-        fold = distributed.number(b) % selection.FOLDS
+        fold = distributed.number(b) % job.recipe.folds
         moments.add(fold, now, now, fed(original.hidden[b]) if original else None)
     return moments.gather()
 
@@ -73,14 +73,15 @@ def solve(
     weight: torch.Tensor, moments: capture.Moments, spec: QuantSpec, settled: Settled, result: LayerResult, device: torch.device
 ) -> Quantized:
     """Codes and grid of weight [N, K]; what is known of the errors is noted in `result`."""
-    means, found, loss, power = moments.means(name=result.name), [], 0.0, 0.0
+    means, found, loss = moments.means(name=result.name), [], 0.0
     for rows in pieces(weight, device):
-        solved, _, losses, sizes = solve_shared(rows, means, spec, settled)
+        solved, _, losses = solve_shared(rows, means, spec, settled)
         found.append(solved.quantized)
-        loss, power = loss + float(losses.sum()), power + float(sizes.sum())
+        loss += float(losses.sum())
     settled.describe(result, solved.damping, moments.tokens)
     result.notes += solved.notes
-    result.loss, result.relative = loss / len(weight), loss / max(power, 1e-30)
+    result.loss = loss / len(weight)
+    result.relative = result.loss / max(power(weight, means), 1e-30)
     return joined(found)
 
 

@@ -10,6 +10,7 @@ from foem_vllm import calibration
 from foem_vllm.errors import FoemError
 from foem_vllm.format import CHECKPOINT_FORMATS, QuantSpec
 from foem_vllm.grid import GRIDS
+from foem_vllm.selection import FOLDS
 from foem_vllm.solver import SolverConfig
 
 # The papers' methods, name -> default (alpha, beta). RTN is the same grid without the loop.
@@ -107,6 +108,12 @@ class Recipe:
         return self.solver is not None and (
             self.solver.alpha > 0 or self.correct != 0 or "alpha" in self.auto or self.finetune_scales
         )
+
+    @property
+    def folds(self) -> int:
+        """In how many parts of the text moments are kept apart: more than one where a part judges what others suggest."""
+        judged = self.solver is not None and (self.correct is None or self.auto or self.solver.descent)
+        return FOLDS if judged else 1
 
 
 def resolve(config: QuantizeConfig) -> Recipe:

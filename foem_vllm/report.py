@@ -17,9 +17,9 @@ HTML_FILE = "foem_report.html"  # the same as a page, see html_report
 
 @dataclass
 class LayerResult:
-    """One quantized linear [n, k]. loss: tr(E H E^T) / N a calibration token, E = Q - target. relative: over the output's power.
-    correction: strength of the corrected target, 0 to 1. chosen: what was chosen on held-out text, and why (selection.Choice).
-    descent: whether its codes were moved once more, None when not asked for."""
+    """One quantized linear [n, k]. loss: tr(E H E^T) / N a calibration token, E = Q - target. relative: over the outputs' power
+    (rows.power). correction: strength of the corrected target, 0 to 1. chosen: what was chosen on held-out text, and why
+    (selection.Choice). descent: whether its codes were moved once more, None when not asked for."""
 
     name: str
     n: int

@@ -11,7 +11,9 @@ from foem_vllm import capture, distributed, selection
 from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
-from foem_vllm.solver import Solved, SolverConfig, solve
+from foem_vllm.solver import Solved, SolverConfig, layer_loss, solve
+
+POWER_ROWS = 256  # tell the power of a linear's output closely enough for what errors are compared with
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,8 @@ def settle(
     """Choose what the recipe leaves open for W [N, K]: a matrix, or rows that stand for a larger one."""
     solver, strength, choice = replace(recipe.solver, scale_dtypes=scale_dtypes), recipe.correct, None
     correction = None
-    folds = moments.folds() if strength != 0 or recipe.auto or solver.descent else []
-    if not folds:
-        strength = 0.0
-    elif strength is None:
+    folds = moments.folds() if recipe.folds > 1 else []
+    if strength is None:
         strength, correction = selection.fit_strength(W, folds, solver.damping)
     if recipe.auto:
         choice = selection.choose(W, folds, spec, solver, recipe.auto, strength)
@@ -53,12 +53,17 @@ def settle(
 
 
 class SolvedRows(NamedTuple):
-    """solved: codes and grid. after: [N, K] what they stand for. losses, sizes: [N] error and power of every output, a token."""
+    """solved: codes and grid. after: [N, K] what they stand for. losses: [N] squared error of every output, a token."""
 
     solved: Solved
     after: torch.Tensor
     losses: torch.Tensor
-    sizes: torch.Tensor
+
+
+def power(W: torch.Tensor, means: capture.Means) -> float:
+    """Mean square of what a linear with weight W [N, K] puts out, over POWER_ROWS of its outputs, evenly spread."""
+    some = W[selection.spread(len(W), POWER_ROWS).to(W.device)].to(means.h)
+    return layer_loss(some, means.h)
 
 
 def solve_shared(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled) -> SolvedRows:
@@ -71,7 +76,7 @@ def solve_shared(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled
     solved = part.solved._replace(
         quantized=Quantized(*(t if t is None or t.ndim == 1 else distributed.joined(t, n) for t in part.solved.quantized))
     )
-    return SolvedRows(solved, *(distributed.joined(t, n) for t in (part.after, part.losses, part.sizes)))
+    return SolvedRows(solved, *(distributed.joined(t, n) for t in (part.after, part.losses)))
 
 
 def solve_rows(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled) -> SolvedRows:
@@ -81,4 +86,4 @@ def solve_rows(W: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: 
     after = dequantize(solved.quantized, spec)
     missed = target - after
     pull = missed @ means.h if solved.pull is None else solved.pull
-    return SolvedRows(solved._replace(pull=None), after, (pull * missed).sum(1), ((W @ means.h) * W).sum(1))
+    return SolvedRows(solved._replace(pull=None), after, (pull * missed).sum(1))

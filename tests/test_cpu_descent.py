@@ -61,9 +61,9 @@ def test_equals_trying_every_step(isa, seed):
     codes = torch.randint(0, 1 << bits, (n, k), generator=g, dtype=torch.uint8)
     missed = torch.randint(-3, 4, (n, k), generator=g).float()
     for steps in (1, 3, 20):
-        found = codes.clone()
-        taken = cpu_descent.descend(found, (missed @ H) * size, size, size.square() * (H.diagonal() / 2), H, (1 << bits) - 1, steps)
-        assert torch.equal(found.long(), by_trying_every_step(codes, missed, size, H, (1 << bits) - 1, steps))
+        found, cost, top = codes.clone(), size.square() * (H.diagonal() / 2), (1 << bits) - 1
+        taken = cpu_descent.descend(found, (missed @ H) * size, size, cost, H, top, steps)
+        assert torch.equal(found.long(), by_trying_every_step(codes, missed, size, H, top, steps))
         assert taken > 0
 
 
@@ -82,7 +82,7 @@ def test_equals_the_loop_in_torch(isa, bits):
 
 
 def test_products_are_rounded_before_they_are_added(isa):
-    """Column 0 moves first; what that leaves in column 1 then ties with column 2, unless a fused multiply-add skipped a rounding."""
+    """Column 0 moves first; what that leaves in column 1 ties with column 2, unless a fused multiply-add skips a rounding."""
     n, k, h = 64, 16, 0.7310586
     g = torch.Generator().manual_seed(0)
     size, slope, cost, H = torch.rand(n, k, generator=g) + 0.5, torch.zeros(n, k), torch.full((n, k), 99.0), torch.zeros(k, k)

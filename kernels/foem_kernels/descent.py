@@ -1,5 +1,5 @@
-"""One step at a time on the codes of a layer: the fused kernel of the CPU, or the loop in torch, which is the reference, and takes
-every device and dtype."""
+"""One step at a time on the codes of a layer: the fused kernel of the CPU, or the loop in torch, which is the reference, and
+takes every device and dtype."""
 
 from __future__ import annotations
 
