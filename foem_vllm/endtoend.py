@@ -27,6 +27,8 @@ from foem_vllm.grid import round_scales
 from foem_vllm.stream import BlockInputs, Weights, load_block
 
 CHUNK = 16  # batches at most whose block inputs are in memory at once: each chunk costs one pass over the model's files
+LOGIT_BYTES = 256 << 20  # of logits that are made at once; what is done with them takes LOGIT_COPIES times as much
+LOGIT_COPIES = 8
 GRAPH_BYTES = 2 << 30  # of what operations keep for their gradients
 SEQUENCES_A_STEP = 4
 HELD_OUT = 8  # one sequence in so many judges and is not tuned on
@@ -53,6 +55,20 @@ class Head:
         finally:
             for block in self.blocks:
                 del block.forward
+
+    def pieces(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which tokens, their hidden states) of hidden [S, T, width], as many at a time as LOGIT_BYTES allow."""
+        tokens, step = hidden.shape[:-1].numel(), tokens_at_once(self.model.config)
+        if tokens <= step:
+            yield slice(None), hidden
+        else:
+            for i in range(0, tokens, step):
+                yield slice(i, i + step), hidden.flatten(0, -2)[None, i : i + step]
+
+
+def tokens_at_once(config) -> int:
+    """For how many tokens float32 logits fit into LOGIT_BYTES."""
+    return max(1, LOGIT_BYTES // (4 * config.get_text_config().vocab_size))
 
 
 def guide(
@@ -83,12 +99,14 @@ def guide(
         gradients = []
         for h in hidden:
             with torch.enable_grad():
-                h = h.detach().requires_grad_(True)
-                logits = head(h)
-                up_to = logits.detach().flatten(0, -2).softmax(-1).cumsum(-1)
-                drawn = next(draws).to(device) * up_to[:, -1:]
-                label = torch.searchsorted(up_to, drawn).squeeze(1).clamp_(max=up_to.shape[1] - 1)
-                F.cross_entropy(logits.flatten(0, -2), label, reduction="sum").backward()
+                h, draw = h.detach().requires_grad_(True), next(draws).to(device)
+                for which, some in head.pieces(h):
+                    logits = head(some)
+                    up_to = logits.detach().flatten(0, -2).softmax(-1).cumsum(-1)
+                    drawn = draw[which] * up_to[:, -1:]
+                    label = torch.searchsorted(up_to, drawn).squeeze(1).clamp_(max=up_to.shape[1] - 1)
+                    F.cross_entropy(logits.flatten(0, -2), label, reduction="sum").backward()
+                    del logits, up_to
             gradients.append(h.grad)
         for index in reversed(range(len(blocks))):
             run = None if keep else load(index)
@@ -199,9 +217,17 @@ def tune_scales(
     def pick(batches: list[torch.Tensor], part: list[tuple[int, int]]) -> torch.Tensor:
         return torch.stack([batches[b][s] for b, s in part])
 
-    def divergence(part: list[tuple[int, int]], hidden: torch.Tensor) -> torch.Tensor:
-        target = head(pick(goal, part)).log_softmax(-1)
-        return (target.exp() * (target - head(hidden).log_softmax(-1))).sum(-1).mean()
+    def divergence(part: list[tuple[int, int]], hidden: torch.Tensor) -> float:
+        """Where hidden wants a gradient it is given that."""
+        total = 0.0
+        for (_, wanted), (_, some) in zip(head.pieces(pick(goal, part)), head.pieces(hidden)):
+            target = head(wanted).log_softmax(-1)
+            apart = (target.exp() * (target - head(some).log_softmax(-1))).sum(-1).mean()
+            apart = apart * (some.shape[:-1].numel() / hidden.shape[:-1].numel())
+            if apart.requires_grad:
+                apart.backward()
+            total += float(apart.detach())
+        return total
 
     def run(index: int) -> Callable:
         return functools.partial(inputs.run, index, stack.at(index))
@@ -212,7 +238,7 @@ def tune_scales(
             hidden = pick(inputs.hidden, part)
             for index in range(len(blocks)):
                 hidden = run(index)(hidden)
-            total += float(divergence(part, hidden)) * len(part)
+            total += divergence(part, hidden) * len(part)
         return total / len(held)
 
     keep = len(blocks) * graph_bytes(run(0), pick(inputs.hidden, tuned_on[:SEQUENCES_A_STEP])) <= GRAPH_BYTES
@@ -228,7 +254,7 @@ def tune_scales(
             hidden = segments[-1].out
         with torch.enable_grad():
             hidden = hidden.requires_grad_(True)
-            divergence(part, hidden).backward()
+            divergence(part, hidden)
         gradient = hidden.grad
         rate = LEARNING_RATE * min(1.0, (step + 1) / 5) * (1 - step / len(parts))
         for index in reversed(range(len(blocks))):

@@ -166,7 +166,11 @@ def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], se
     moments = max((1 + recipe.folds) * 4 * (k * k + (n * k if recipe.needs_original else 0)) for n, k in shapes)
     solving = max(WORKING_COPIES * 4 * n * k + 3 * 4 * k * k for n, k in stacked(job)) if recipe.solver else 0
     codes = sum(n * k for n, k in shapes) * (1 + 14 / 128) if recipe.finetune_scales else 0
-    graphs = endtoend.GRAPH_BYTES if recipe.guided or recipe.finetune_scales else 0
+    graphs = 0
+    if recipe.guided or recipe.finetune_scales:
+        vocabulary, text = job.hf_config.get_text_config().vocab_size, batch_size(job.config.samples, job.config.seq_len)
+        at_once = min(text * job.config.seq_len, endtoend.tokens_at_once(job.hf_config))
+        graphs = endtoend.GRAPH_BYTES + endtoend.LOGIT_COPIES * 4 * at_once * vocabulary
     compute = block * (2 if recipe.needs_original else 1) + outer + (moments if recipe.solver else 0) + solving + graphs
     on_gpu = job.device.type != "cpu"
     held = min(resident, int(store.room["device"])) if on_gpu else 0

@@ -27,8 +27,10 @@ def streams(folder, tokens, batch=4):
     return empty, blocks, name, weights, inputs
 
 
+@pytest.mark.parametrize("room", [endtoend.LOGIT_BYTES, 40_000])  # for the logits of a batch, or of a few tokens
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "opt", "falcon"])  # untied, tied, soft-capped, biases, tuples
-def test_guidance_equals_a_backward_pass_through_the_whole_model(arch, tmp_path):
+def test_guidance_equals_a_backward_pass_through_the_whole_model(arch, room, tmp_path, monkeypatch):
+    monkeypatch.setattr(endtoend, "LOGIT_BYTES", room)
     folder = write_model(tmp_path / arch, arch)
     tokens = calibration_tokens(QuantizeConfig(**SMALL), folder, models.load_config(folder))
     empty, blocks, name, weights, inputs = streams(folder, tokens)
@@ -101,6 +103,24 @@ def test_what_does_not_help_held_out_text_is_not_kept(both, tmp_path, monkeypatc
     assert report.tuning["held_out_kl_after"] == report.tuning["held_out_kl_before"]
     a, b = Weights(both[False][1]), Weights(tmp_path / "out")
     assert all(torch.equal(a.read(n), b.read(n)) for n in a.files)
+
+
+def test_scales_are_tuned_alike_on_a_few_logits_at_a_time(both, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(endtoend, "LOGIT_BYTES", 1_000_000)  # 61 tokens of 512
+    call = endtoend.Head.__call__
+    monkeypatch.setattr(endtoend.Head, "__call__", lambda self, h: seen.append(h.shape[:-1].numel()) or call(self, h))
+    common = dict(preset="fast", bits=3, calibration=str(CALIBRATION), samples=32, seq_len=128, device="cpu")
+    report = quantize(TINYLM, tmp_path / "out", QuantizeConfig(**common, finetune_scales=True))
+    assert max(seen) == endtoend.tokens_at_once(models.load_config(TINYLM)) < 128
+    for name, value in both[True][0].tuning.items():
+        assert report.tuning[name] == pytest.approx(value, rel=1e-3)
+    tuned, together, plain = (Weights(folder) for folder in (tmp_path / "out", both[True][1], both[False][1]))
+    moved = apart = 0.0
+    for name in (n for n in tuned.files if n.endswith(".scales")):
+        a, b, c = (w.read(name).float() for w in (tuned, together, plain))
+        moved, apart = moved + float(((b - c) / c).square().sum()), apart + float(((a - b) / c).square().sum())
+    assert apart < 0.01 * moved
 
 
 def counted(self, runs, real, run, hidden, keep):
