@@ -168,11 +168,11 @@ def add_block(found: Cost, block: Block, count: int, model: Model, text: Text, c
         borrowed = 4 * k if tokens < k else 0  # of all tokens, for experts that see few
         cross = 0 if not corrected else n if stage.residual else k
         found.shared["moments"] += times * (tokens + borrowed) * (k * k + 2 * k * cross)
-        found.reduced += times * (FOLDS if corrected else 1) * FLOAT * k * (k + cross)
+        found.reduced += times * FOLDS * FLOAT * k * (k + cross)
         # Experts are dealt out to ranks; so are the rows of a linear, but not its factors.
         alone, steps = (found.shared, found.shared_steps) if stage.copies > 1 else (found.whole, found.whole_steps)
         held = 1 + (cross > 0)
-        alone["merge"] += times * (20 if corrected else 2) * 3 * FLOAT * k * k * held
+        alone["merge"] += times * (20 if corrected else 4) * 3 * FLOAT * k * k * held
         factors, inverses = (8, 2) if corrected else (1, 1)
         alone["factor"] += times * (factors / 3 + inverses) * k**3
         found.shared["rows"] += times * n * k * k * (13 if corrected else 9)

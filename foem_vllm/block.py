@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from foem_vllm import capture, distributed, experts, models
+from foem_vllm import capture, distributed, experts, models, selection
 from foem_vllm.clock import Clock
 from foem_vllm.errors import FoemError
 from foem_vllm.format import Quantized, QuantSpec, dequantize
@@ -129,7 +129,7 @@ class BlockSolver:
             members = {f"{name}.{n}": linears[f"{name}.{n}"] for n in stage if f"{name}.{n}" in linears}
             if not members:
                 continue
-            moments, tokens = experts.moments_of(module, expert, stage[0], calls, self.recipe.folds, *drift)
+            moments, tokens = experts.moments_of(module, expert, stage[0], calls, selection.FOLDS, *drift)
             for result, q in self._solve_stage(members, prefix, moments):
                 result.tokens = tokens
                 if tokens < result.k:
@@ -141,6 +141,8 @@ class BlockSolver:
     ) -> Iterator[tuple[LayerResult, Quantized]]:
         """Linears with the same input: as one matrix where they are quantized alike."""
         means = moments.means(name=", ".join(prefix + n for n in linears))
+        if not self.recipe.judged:
+            moments.forget()
         for spec in dict.fromkeys(self.specs[n] for n in linears):
             yield from self._solve_alike(
                 {n: m for n, m in linears.items() if self.specs[n] == spec}, spec, prefix, moments, means
@@ -231,7 +233,7 @@ class BlockSolver:
         n, k = linear.weight.shape
         joins = shown is not None and place is not None
         cross = shown is not None and place is None
-        moments = capture.Moments(k, linear.weight.device, self.recipe.folds, cross, n if joins else None)
+        moments = capture.Moments(k, linear.weight.device, selection.FOLDS, cross, n if joins else None)
         kept = []
         at = first if place is None else place
         for b in range(len(self.inputs.hidden)):
@@ -246,7 +248,7 @@ class BlockSolver:
             if first in now:  # else none of the batch's tokens is routed to it
                 with self.clock("moments"):
                     moments.add(
-                        distributed.number(b) % self.recipe.folds,
+                        distributed.number(b) % selection.FOLDS,
                         now[first],
                         now[at],
                         then,

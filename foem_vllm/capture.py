@@ -81,6 +81,10 @@ class Moments:
     def tokens(self) -> int:
         return sum(self.counts)
 
+    def forget(self) -> None:
+        """Let the sums go; the counts stay."""
+        self._h = self._d = self._g = None
+
     def folds(self) -> list[Means]:
         """The parts that saw tokens."""
         return [self.means([i]) for i, count in enumerate(self.counts) if count]

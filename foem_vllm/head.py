@@ -61,10 +61,10 @@ def collect(job: Job, inputs: BlockInputs, original: BlockInputs | None) -> capt
     def fed(hidden: torch.Tensor) -> torch.Tensor:
         return capture.observe(job.empty, {name}, functools.partial(outer, hidden))[name]
 
-    moments = capture.Moments(job.empty.get_submodule(name).in_features, job.device, job.recipe.folds, original is not None)
+    moments = capture.Moments(job.empty.get_submodule(name).in_features, job.device, selection.FOLDS, original is not None)
     for b, hidden in enumerate(inputs.hidden):
         now = fed(hidden)
-        fold = distributed.number(b) % job.recipe.folds
+        fold = distributed.number(b) % selection.FOLDS
         moments.add(fold, now, now, fed(original.hidden[b]) if original else None)
     return moments.gather()
 

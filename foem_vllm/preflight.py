@@ -163,7 +163,7 @@ def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], se
     activations = states * state + tokens * widest * width
     store = activation_store(job, out)
     resident = min(activations, sum(store.room.values()))
-    moments = max((1 + recipe.folds) * 4 * (k * k + (n * k if recipe.needs_original else 0)) for n, k in shapes)
+    moments = max((1 + selection.FOLDS) * 4 * (k * k + (n * k if recipe.needs_original else 0)) for n, k in shapes)
     solving = max(WORKING_COPIES * 4 * n * k + 3 * 4 * k * k for n, k in stacked(job)) if recipe.solver else 0
     codes = sum(n * k for n, k in shapes) * (1 + 14 / 128) if recipe.finetune_scales else 0
     graphs = 0

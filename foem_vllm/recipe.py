@@ -10,7 +10,6 @@ from foem_vllm import calibration
 from foem_vllm.errors import FoemError
 from foem_vllm.format import CHECKPOINT_FORMATS, QuantSpec
 from foem_vllm.grid import GRIDS
-from foem_vllm.selection import FOLDS
 from foem_vllm.solver import SolverConfig
 
 # The papers' methods, name -> default (alpha, beta). RTN is the same grid without the loop.
@@ -110,10 +109,9 @@ class Recipe:
         )
 
     @property
-    def folds(self) -> int:
-        """In how many parts of the text moments are kept apart: more than one where a part judges what others suggest."""
-        judged = self.solver is not None and (self.correct is None or self.auto or self.solver.descent)
-        return FOLDS if judged else 1
+    def judged(self) -> bool:
+        """Whether something is chosen by how it does on a part of the text that it was not made from."""
+        return self.solver is not None and bool(self.correct is None or self.auto or self.solver.descent)
 
 
 def resolve(config: QuantizeConfig) -> Recipe:

@@ -38,7 +38,7 @@ def settle(
     """Choose what the recipe leaves open for W [N, K]: a matrix, or rows that stand for a larger one."""
     solver, strength, choice = replace(recipe.solver, scale_dtypes=scale_dtypes), recipe.correct, None
     correction = None
-    folds = moments.folds() if recipe.folds > 1 else []
+    folds = moments.folds() if recipe.judged else []
     if strength is None:
         strength, correction = selection.fit_strength(W, folds, solver.damping)
     if recipe.auto:
