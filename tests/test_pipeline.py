@@ -1,5 +1,6 @@
 """The whole quantizer on small models of several architectures."""
 
+import gc
 import json
 import os
 import shutil
@@ -226,3 +227,29 @@ def test_cli_quantize_and_inspect(tmp_path):
     content = json.loads(shown.stdout)
     assert len(content["layers"]) == 42
     assert content["recipe"]["preset"] == "balanced" and content["recipe"]["seed"] == 0 and content["layers"][0]["relative"] > 0
+
+
+@pytest.mark.parametrize("words", ["", " --trust-remote-code"])
+def test_transformers_is_kept_from_importing_what_quantizing_does_not_need(words):
+    """scikit-learn, unless the model brings code that may want it."""
+    script = (
+        f"import sys; sys.argv = 'foem quantize model out{words}'.split()\n"
+        "from foem_vllm import cli; cli.app = lambda: None; cli.main()\n"
+        "import transformers.generation.candidate_generator\n"
+        "print([name for name in sys.modules if name.startswith('sklearn.')][:1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ("sklearn." in done.stdout) == bool(words), done.stdout
+
+
+def test_the_collector_is_left_as_it_was():
+    from foem_vllm.job import without_collector
+
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with without_collector():
+                assert not gc.isenabled()
+            assert gc.isenabled() == enabled and not gc.get_freeze_count()
+        finally:
+            gc.enable()
