@@ -15,7 +15,7 @@ TIMED = {
     "forward": [("foem_vllm.stream", "BlockInputs.run")],
     "moments": [("foem_vllm.capture", "Moments.add")],
     "merge": [("foem_vllm.capture", "Moments.means"), ("foem_vllm.selection", "merge")],
-    "factor": [("torch.linalg", "cholesky_ex"), ("torch.linalg", "solve_triangular")],
+    "factor": [("torch.linalg", "cholesky_ex"), ("foem_vllm.solver", "upper_inverse")],
     "rows": [("foem_vllm.selection", "fit_strength"), ("foem_vllm.selection", "descent_helps"), ("foem_vllm.rows", "solve_rows")],
     "descent": [("foem_vllm.solver", "descend")],
     "round": [("foem_vllm.solver", "find_grid"), ("foem_vllm.solver", "refit_scales"), ("foem_vllm.solver", "pick")],
