@@ -21,7 +21,7 @@ from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_to_nearest
 from foem_vllm.recipe import Recipe
 from foem_vllm.report import LayerResult
-from foem_vllm.rows import power, settle, solve_shared
+from foem_vllm.rows import Settled, power, settle, solve_shared
 from foem_vllm.store import Batches, Held
 from foem_vllm.stream import BlockInputs
 
@@ -141,19 +141,21 @@ class BlockSolver:
     ) -> Iterator[tuple[LayerResult, Quantized]]:
         """Linears with the same input: as one matrix where they are quantized alike."""
         means = moments.means(name=", ".join(prefix + n for n in linears))
-        if not self.recipe.judged:
-            moments.forget()
-        for spec in dict.fromkeys(self.specs[n] for n in linears):
-            yield from self._solve_alike(
-                {n: m for n, m in linears.items() if self.specs[n] == spec}, spec, prefix, moments, means
-            )
+        folds = moments.folds() if self.recipe.judged else moments.forget()
+        alike: dict[QuantSpec, dict[str, nn.Linear]] = {}
+        for n, linear in linears.items():
+            alike.setdefault(self.specs[n], {})[n] = linear
+        with self.clock("solve"):
+            settled = {s: settle(_stacked(of), folds, s, self.recipe, self.scale_dtypes) for s, of in alike.items()}
+        del folds
+        for spec, of in alike.items():
+            yield from self._solve_alike(of, spec, prefix, means, settled[spec])
 
     def _solve_alike(
-        self, linears: dict[str, nn.Linear], spec: QuantSpec, prefix: str, moments: capture.Moments, means: capture.Means
+        self, linears: dict[str, nn.Linear], spec: QuantSpec, prefix: str, means: capture.Means, settled: Settled
     ) -> Iterator[tuple[LayerResult, Quantized]]:
-        stacked = torch.cat([m.weight.float() for m in linears.values()])
+        stacked = _stacked(linears)
         with self.clock("solve"):
-            settled = settle(stacked, moments, spec, self.recipe, self.scale_dtypes)
             solved, after, losses = solve_shared(stacked, means, spec, settled)
         row = 0
         for name, linear in linears.items():
@@ -162,7 +164,7 @@ class BlockSolver:
             result = self._result(linear, prefix + name, spec, list(solved.notes))
             result.loss = float(losses[rows].mean())
             result.relative = result.loss / max(power(stacked[rows], means), 1e-30)
-            settled.describe(result, solved.damping, moments.tokens)
+            settled.describe(result, solved.damping, means.tokens)
             linear.weight.data.copy_(after[rows])
             yield result, Quantized(*(t[rows] if t is not None and t.ndim == 2 else t for t in solved.quantized))
 
@@ -271,3 +273,8 @@ class BlockSolver:
         if distributed.size() > 1:
             mean = distributed.total(float(torch.cat(batches).sum())) / distributed.total(sum(map(len, batches)))
         return [b / mean for b in batches] if mean > 0 else None
+
+
+def _stacked(linears: dict[str, nn.Linear]) -> torch.Tensor:
+    """[N, K] float32: their weights, one below the other."""
+    return torch.cat([m.weight.float() for m in linears.values()])

@@ -81,13 +81,21 @@ class Moments:
     def tokens(self) -> int:
         return sum(self.counts)
 
-    def forget(self) -> None:
-        """Let the sums go; the counts stay."""
+    def forget(self) -> list[Means]:
+        """Let the sums go; the counts stay. Returns no folds."""
         self._h = self._d = self._g = None
+        return []
 
     def folds(self) -> list[Means]:
-        """The parts that saw tokens."""
-        return [self.means([i]) for i, count in enumerate(self.counts) if count]
+        """The parts that saw tokens, in the memory of the sums: only the counts can be asked for afterwards."""
+        found = []
+        for i, count in enumerate(self.counts):
+            if count:
+                h, d, g = (None if s is None else s[i].div_(count) for s in (self._h, self._d, self._g))
+                mirror(h)
+                found.append(Means(h, d, g, count))
+        self.forget()
+        return found
 
     def means(self, parts: list[int] | None = None, name: str = "linear") -> Means:
         """Over all tokens, or those of some parts; FoemError naming the layer when an activation was not finite."""

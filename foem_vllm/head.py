@@ -35,9 +35,11 @@ def quantize_head(job: Job, inputs: BlockInputs | None, original: BlockInputs | 
         return result, joined([round_to_nearest(w, spec, job.scale_dtypes, search) for w in pieces(weight, job.device)])
     moments = collect(job, inputs, original)
     some = weight[selection.spread(n, ROWS)].to(job.device, torch.float32)
-    settled = settle(some, moments, spec, job.recipe, job.scale_dtypes)
-    del some
-    return result, solve(weight, moments, spec, settled, result, job.device)
+    means = moments.means(name=result.name)
+    folds = moments.folds() if job.recipe.judged else moments.forget()
+    settled = settle(some, folds, spec, job.recipe, job.scale_dtypes)
+    del some, folds
+    return result, solve(weight, means, spec, settled, result, job.device)
 
 
 def stored_weight(job: Job) -> str:
@@ -70,15 +72,15 @@ def collect(job: Job, inputs: BlockInputs, original: BlockInputs | None) -> capt
 
 
 def solve(
-    weight: torch.Tensor, moments: capture.Moments, spec: QuantSpec, settled: Settled, result: LayerResult, device: torch.device
+    weight: torch.Tensor, means: capture.Means, spec: QuantSpec, settled: Settled, result: LayerResult, device: torch.device
 ) -> Quantized:
     """Codes and grid of weight [N, K]; what is known of the errors is noted in `result`."""
-    means, found, loss = moments.means(name=result.name), [], 0.0
+    found, loss = [], 0.0
     for rows in pieces(weight, device):
         solved, _, losses = solve_shared(rows, means, spec, settled)
         found.append(solved.quantized)
         loss += float(losses.sum())
-    settled.describe(result, solved.damping, moments.tokens)
+    settled.describe(result, solved.damping, means.tokens)
     result.notes += solved.notes
     result.loss = loss / len(weight)
     result.relative = result.loss / max(power(weight, means), 1e-30)

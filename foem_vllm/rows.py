@@ -33,12 +33,14 @@ class Settled:
 
 
 def settle(
-    W: torch.Tensor, moments: capture.Moments, spec: QuantSpec, recipe: Recipe, scale_dtypes: tuple[torch.dtype, ...]
+    W: torch.Tensor, folds: list[capture.Means], spec: QuantSpec, recipe: Recipe, scale_dtypes: tuple[torch.dtype, ...]
 ) -> Settled:
-    """Choose what the recipe leaves open for W [N, K]: a matrix, or rows that stand for a larger one."""
+    """Choose what the recipe leaves open for W [N, K]: a matrix, or rows that stand for a larger one.
+
+    folds: of the text, to judge by; none are needed where the recipe leaves nothing open.
+    """
     solver, strength, choice = replace(recipe.solver, scale_dtypes=scale_dtypes), recipe.correct, None
     correction = None
-    folds = moments.folds() if recipe.judged else []
     if strength is None:
         strength, correction = selection.fit_strength(W, folds, solver.damping)
     if recipe.auto:
