@@ -73,7 +73,8 @@ class BlockSolver:
                 yield from self._solve_stage({n: linears[n] for n in stage}, prefix, moments)
                 reached |= set(stage)
             if part is not None and all(x is not None for x in fed):
-                known.add(part, Batches(store, (linears[stage[0]](x.get()) for x in fed)))
+                with self.clock("forward"):
+                    known.add(part, Batches(store, (linears[stage[0]](x.get()) for x in fed)))
             del fed
         for name in separate:
             yield from self._solve_experts(block, untouched, prefix, name, linears, shown, run)
