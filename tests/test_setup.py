@@ -23,7 +23,8 @@ ORDER = ["errors", "command", "bits", "spec", "integrity", "format", "serving", 
 PURE = {"format": {"errors", "bits", "spec"}, "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
-KERNELS_OF = {("grid", "foem_kernels.grid"), ("solver", "foem_kernels.solver"), ("capture", "foem_kernels.cpu_moments"),
+KERNELS_OF = {("grid", "foem_kernels.grid"), ("solver", "foem_kernels.solver"), ("descent", "foem_kernels.descent"),
+              ("capture", "foem_kernels.cpu_moments"),
               ("expert_parts", "foem_kernels"), ("layers", "foem_kernels"), ("doctor", "foem_kernels"),
               ("doctor", "foem_kernels.moe"), ("doctor", "foem_kernels.registry")}
 STARTS_VLLM = {"foem_eval.peers.vllm_offline"}  # always a process of its own
