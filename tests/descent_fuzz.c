@@ -5,18 +5,10 @@
    Argument: how many problems. Exit code 1 at the first wrong result. */
 
 #include "cpu_descent.c"
+#include "fuzz.h"
 
 #include <math.h>
-#include <stdint.h>
 #include <stdio.h>
-
-static uint64_t state = 1;
-
-static uint32_t next(uint32_t below)
-{
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(state >> 33) % below;
-}
 
 /* Few bits, so that every order of adding gives the same. */
 static float *random_floats(long count, int low, int high)
@@ -25,15 +17,6 @@ static float *random_floats(long count, int low, int high)
     for (long i = 0; i < count; i++)
         values[i] = (low + (int)next(high - low + 1)) / 4.0f;
     return values;
-}
-
-static int instruction_sets(void)
-{
-#ifdef __x86_64__
-    return __builtin_cpu_supports("avx512f") ? 3 : __builtin_cpu_supports("avx2") ? 2 : 1;
-#else
-    return 1;
-#endif
 }
 
 /* One row as the comment in descent.py says; returns its steps. */

@@ -5,19 +5,11 @@
    Argument: how many problems. Exit code 1 at the first wrong result. */
 
 #include "cpu_grid.c"
+#include "fuzz.h"
 
 #include <math.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-
-static uint64_t state = 1;
-
-static uint32_t next(uint32_t below)
-{
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(state >> 33) % below;
-}
 
 static float *random_floats(long count, float low, float high)
 {
@@ -25,15 +17,6 @@ static float *random_floats(long count, float low, float high)
     for (long i = 0; i < count; i++)
         values[i] = low + (high - low) * (next(1 << 20) / (float)(1 << 20));
     return values;
-}
-
-static int instruction_sets(void)
-{
-#ifdef __x86_64__
-    return __builtin_cpu_supports("avx512f") ? 3 : __builtin_cpu_supports("avx2") ? 2 : 1;
-#else
-    return 1;
-#endif
 }
 
 /* The level that one range is rounded best at; terms are floats, their sum a double, errors floats again. */

@@ -5,17 +5,10 @@
    Argument: how many problems. Exit code 1 at the first wrong result. */
 
 #include "cpu_moments.c"
+#include "fuzz.h"
 
 #include <math.h>
 #include <stdio.h>
-
-static uint64_t state = 1;
-
-static uint32_t next(uint32_t below)
-{
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(state >> 33) % below;
-}
 
 static float widened(uint16_t h)
 {

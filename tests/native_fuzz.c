@@ -6,17 +6,10 @@
 
 #define CHUNK 32  // several of them
 #include "cpu_w4a16.c"
+#include "fuzz.h"
 
 #include <math.h>
 #include <stdio.h>
-
-static uint64_t state;
-
-static uint32_t next(uint32_t below)
-{
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(state >> 33) % below;
-}
 
 static double uniform(void)
 {
