@@ -110,7 +110,6 @@ class Moments:
             )
         return Means(*found, tokens)
 
-
     @staticmethod
     def _mean(sums: torch.Tensor, parts: list[int], tokens: int) -> torch.Tensor:
         found = sums[parts[0]] / tokens

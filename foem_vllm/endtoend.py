@@ -12,11 +12,11 @@ otherwise the backward pass runs each block again.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
@@ -26,10 +26,11 @@ from foem_vllm.format import Quantized, QuantSpec, dequantize
 from foem_vllm.grid import round_scales
 from foem_vllm.stream import BlockInputs, Weights, load_block
 
-CHUNK = 16  # batches at most whose block inputs are in memory at once: each chunk costs one pass over the model's files
-LOGIT_BYTES = 256 << 20  # of logits that are made at once; what is done with them takes LOGIT_COPIES times as much
-LOGIT_COPIES = 8
-GRAPH_BYTES = 2 << 30  # of what operations keep for their gradients
+PIECE = 1024  # tokens that a CPU takes through the whole model and back at once: its caches then hold what operations leave
+LOGIT_BYTES = 8 << 20  # of logits that are made at once, but of LOGIT_TOKENS at least
+LOGIT_TOKENS = 128
+LOGIT_COPIES = 8  # of them at most, while they are worked on
+GRAPH_BYTES = 2 << 30  # of what operations keep for their gradients, or of inputs of blocks that are run again
 SEQUENCES_A_STEP = 4
 HELD_OUT = 8  # one sequence in so many judges and is not tuned on
 STEPS = 14  # at most; twice as many gain a third more
@@ -67,8 +68,8 @@ class Head:
 
 
 def tokens_at_once(config) -> int:
-    """For how many tokens float32 logits fit into LOGIT_BYTES."""
-    return max(1, LOGIT_BYTES // (4 * config.get_text_config().vocab_size))
+    """For how many tokens float32 logits are made at once."""
+    return max(LOGIT_TOKENS, LOGIT_BYTES // (4 * config.get_text_config().vocab_size))
 
 
 def guide(
@@ -78,40 +79,61 @@ def guide(
 
     inputs: as they enter the first block; not advanced.
     """
-    device = inputs.hidden[0].device
-    draws = iter(_draws(inputs))
-    head = Head(model, blocks, inputs)
-    found: list[dict[str, list[torch.Tensor]]] = [{} for _ in blocks]
+    draws, head = torch.cat(_draws(inputs)), Head(model, blocks, inputs)
+    found: list[list[dict[str, list[torch.Tensor]]]] = [[{} for _ in range(len(inputs.hidden))] for _ in blocks]
+    device, pieces = inputs.hidden[0].device, pieces_of(inputs)
 
-    def load(index: int) -> Callable:
-        block = load_block(blocks[index], f"{blocks_name}.{index}.", weights, dtype, device)
-        return functools.partial(_with_squares, index, block, inputs, found[index])
+    def load(index: int) -> nn.Module:
+        return load_block(blocks[index], f"{blocks_name}.{index}.", weights, dtype, device)
 
-    size = len(blocks) * graph_bytes(load(0), inputs.hidden[0])
-    keep = size <= GRAPH_BYTES
-    chunk = min(CHUNK, GRAPH_BYTES // size) if keep else CHUNK
-    for start in range(0, len(inputs.hidden), chunk):
-        hidden, segments = inputs.hidden[start : start + chunk], []
+    def runs(index: int, numbers: list[int]) -> list[Callable]:
+        block = loaded[index] if keep else load(index)
+        return [functools.partial(_with_squares, index, block, inputs, found[index][b]) for b in numbers]
+
+    batch, first = next(pieces)
+    size = graph_bytes(functools.partial(inputs.run, 0, load(0)), first)
+    keep = len(blocks) * size <= GRAPH_BYTES
+    loaded = [load(index) for index in range(len(blocks))] if keep else None
+    chunk = 1 if keep else max(1, GRAPH_BYTES // (len(blocks) * first.nbytes))  # each costs a pass over the model's files
+    pieces = itertools.chain([(batch, first)], pieces)
+    while some := list(itertools.islice(pieces, chunk)):
+        numbers, hidden, segments = [b for b, _ in some], [h for _, h in some], []
         for index in range(len(blocks)):
-            run = load(index)
-            segments.append([Segment(run, h, keep) for h in hidden])
+            segments.append([Segment(run, h, keep) for run, h in zip(runs(index, numbers), hidden)])
             hidden = [s.out for s in segments[-1]]
         gradients = []
         for h in hidden:
-            with torch.enable_grad():
-                h, draw = h.detach().requires_grad_(True), next(draws).to(device)
-                for which, some in head.pieces(h):
-                    logits = head(some)
-                    up_to = logits.detach().flatten(0, -2).softmax(-1).cumsum(-1)
-                    drawn = draw[which] * up_to[:, -1:]
-                    label = torch.searchsorted(up_to, drawn).squeeze(1).clamp_(max=up_to.shape[1] - 1)
-                    F.cross_entropy(logits.flatten(0, -2), label, reduction="sum").backward()
-                    del logits, up_to
-            gradients.append(h.grad)
+            draw, draws = draws.tensor_split([h.shape[:-1].numel()])
+            gradients.append(label_gradient(head, h, draw.to(device)))
         for index in reversed(range(len(blocks))):
-            run = None if keep else load(index)
-            gradients = [s.backward(g, run) for s, g in zip(segments.pop(), gradients)]
-    return found
+            again = [None] * len(some) if keep else runs(index, numbers)
+            gradients = [s.backward(g, run) for s, g, run in zip(segments.pop(), gradients, again)]
+    names = [dict.fromkeys(n for squares in of for n in squares) for of in found]
+    none = [torch.empty(0, device=device)]
+    return [{n: [torch.cat(squares.get(n, none)) for squares in of] for n in called} for of, called in zip(found, names)]
+
+
+def pieces_of(inputs: BlockInputs) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of the batch, hidden states of some of its sequences)."""
+    for number, hidden in enumerate(inputs.hidden):
+        at_once = max(1, PIECE // hidden.shape[1]) if hidden.device.type == "cpu" else len(hidden)
+        yield from ((number, piece) for piece in hidden.split(at_once))
+
+
+def label_gradient(head: Head, hidden: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """Gradient at `hidden`, which leaves the last block, of the summed cross-entropy of labels drawn from the model's own
+    probabilities. draw: [tokens, 1] uniform numbers."""
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_(True)
+        for which, some in head.pieces(hidden):
+            logits = head(some).flatten(0, -2)
+            apart = logits.detach().softmax(-1)
+            up_to = apart.cumsum(-1)
+            label = torch.searchsorted(up_to, draw[which] * up_to[:, -1:]).clamp_(max=up_to.shape[1] - 1)
+            del up_to
+            logits.backward(apart.scatter_add_(1, label, torch.full_like(draw[which], -1)))  # probabilities less the label's 1
+            del logits, apart
+    return hidden.grad
 
 
 def _draws(inputs: BlockInputs) -> list[torch.Tensor]:
@@ -129,7 +151,7 @@ def _draws(inputs: BlockInputs) -> list[torch.Tensor]:
 def _with_squares(
     index: int, block: nn.Module, inputs: BlockInputs, found: dict[str, list[torch.Tensor]], hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Output of the block; in the backward pass the [tokens] of every linear that was reached are added to `found`."""
+    """Output of the block; in the backward pass the [tokens] of every linear that was reached go to `found`, the batch's."""
 
     def keep(name: str) -> Callable:
         def hook(module, args, out):
@@ -273,6 +295,26 @@ def _parts(sequences: list) -> Iterator[list]:
         yield sequences[i : i + SEQUENCES_A_STEP]
 
 
+class _Grid(torch.autograd.Function):
+    """`dequantize` with scales times factors [N, G], for groups of inputs in their order: it keeps nothing but the codes."""
+
+    @staticmethod
+    def forward(ctx, factors: torch.Tensor, q: Quantized, spec: QuantSpec) -> torch.Tensor:
+        ctx.q, ctx.spec = q, spec
+        return _steps(q, spec).mul_((q.scales.float() * factors)[..., None]).flatten(1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        steps = _steps(ctx.q, ctx.spec)
+        return steps.mul_(gradient.view_as(steps)).sum(-1) * ctx.q.scales.float(), None, None
+
+
+def _steps(q: Quantized, spec: QuantSpec) -> torch.Tensor:
+    """[N, G, group] float32: code - zero."""
+    steps = q.codes.view(*q.scales.shape, -1).float()
+    return steps.sub_(spec.mid if q.zeros is None else q.zeros.float()[..., None])
+
+
 class _Stack:
     """The quantized model as codes, scales and one relative factor a scale; a block's weights exist only while it is run."""
 
@@ -299,14 +341,11 @@ class _Stack:
         def call(*args, **kwargs):
             parameters = dict(self.rest[index])
             for parameter, name in self.names[index].items():
-                q, spec = self.quantized[name], self.specs[name]
-                scales = q.scales.float() * self.factors[name]
+                q, spec, factors = self.quantized[name], self.specs[name], self.factors[name]
                 if q.g_idx is None:
-                    n, groups = scales.shape
-                    grid = dequantize(q._replace(scales=torch.ones_like(q.scales)), spec)  # codes - zero
-                    weight = (grid.view(n, groups, -1) * scales[..., None]).view(n, -1)
+                    weight = _Grid.apply(factors, q, spec)
                 else:
-                    weight = dequantize(q._replace(scales=scales), spec)
+                    weight = dequantize(q._replace(scales=q.scales.float() * factors), spec)
                 parameters[parameter] = weight.to(self.dtype)
             return functional_call(self.blocks[index], parameters, args, kwargs)
 

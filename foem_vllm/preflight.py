@@ -7,6 +7,7 @@ a few batches, and stands for all others in proportion to their weights.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import resource
 import time
@@ -53,8 +54,8 @@ def examine(model: str | pathlib.Path, out: str | pathlib.Path, config: Quantize
     disk = stored(job)
     check_space(out, disk)
     forget_peak()
-    seconds = timed(job, out)
-    needs = memory(job, out, disk, seconds, held_at_most())
+    seconds, graphs = timed(job, out)
+    needs = memory(job, out, disk, seconds, graphs, held_at_most())
     skipped: dict[str, list[str]] = {}
     for name, reason in job.plan.skipped.items():
         skipped.setdefault(reason, []).append(name)
@@ -93,8 +94,8 @@ def heaviest(job: Job) -> int:
     return max(range(len(job.blocks)), key=lambda index: weights_of(job, index))
 
 
-def timed(job: Job, out: pathlib.Path) -> dict[str, float]:
-    """Seconds by stage of the whole run."""
+def timed(job: Job, out: pathlib.Path) -> tuple[dict[str, float], int]:
+    """Seconds by stage of the whole run, and what gradients keep at most, in bytes."""
     index, clock = heaviest(job), Clock()
     share = sum(weights_of(job, i) for i in range(len(job.blocks))) / max(weights_of(job, index), 1)
     streams, batches, used = Streams(), 1, 1
@@ -119,21 +120,39 @@ def timed(job: Job, out: pathlib.Path) -> dict[str, float]:
         if stage in found:
             found[stage] *= batches / used
     found = {stage: value * (1 if stage in ("text", "prepare") else share) for stage, value in found.items()}
-    return found | end_to_end(job, streams, index, batches, share)
+    gradients, graphs = end_to_end(job, streams, index, batches, share)
+    return found | gradients, graphs
 
 
-def end_to_end(job: Job, streams: Streams, index: int, batches: int, share: float) -> dict[str, float]:
-    """Seconds of what needs gradients, from one batch through one block and back."""
+def end_to_end(job: Job, streams: Streams, index: int, batches: int, share: float) -> tuple[dict[str, float], int]:
+    """(seconds, bytes) of what needs gradients, from a piece of the text through one block and the head, and back."""
     if not (job.recipe.guided or job.recipe.finetune_scales):
-        return {}
-    block, hidden = job.load(index), streams.start.hidden[0]
+        return {}, 0
+    block, (_, piece) = job.load(index), next(endtoend.pieces_of(streams.start))
+    run = functools.partial(streams.start.run, index, block)
     begun = time.perf_counter()
-    segment = endtoend.Segment(lambda h: streams.start.run(index, block, h), hidden, True)
+    segment = endtoend.Segment(run, piece, True)
     segment.backward(torch.ones_like(segment.out), None)
-    one = (time.perf_counter() - begun) * share
-    steps = min(endtoend.STEPS * endtoend.SEQUENCES_A_STEP, batches * len(hidden)) / len(hidden)
-    found = {"gradients": one * batches} if job.recipe.guided else {}
-    return found | ({"tune": one * (steps + batches / endtoend.HELD_OUT)} if job.recipe.finetune_scales else {})
+    between = time.perf_counter()
+    draw = torch.full((piece.shape[:-1].numel(), 1), 0.5, device=piece.device)
+    endtoend.label_gradient(endtoend.Head(job.empty, job.blocks, streams.start), piece, draw)
+    one = ((between - begun) * share + time.perf_counter() - between) / len(piece)  # a sequence
+    sequences = min(batches * len(streams.start.hidden[0]), job.config.samples)
+    state, size = len(job.blocks) * piece[0].nbytes, endtoend.graph_bytes(run, piece)  # before all blocks a sequence; of a block
+
+    def most(size: int, waiting: int) -> int:
+        every = len(job.blocks) * size
+        return every if every <= endtoend.GRAPH_BYTES else size + waiting
+
+    found, graphs = {}, [0]
+    if job.recipe.guided:
+        found["gradients"] = one * sequences
+        graphs.append(most(size, max(state * len(piece), min(endtoend.GRAPH_BYTES, state * sequences))))
+    if job.recipe.finetune_scales:
+        at_once = min(endtoend.SEQUENCES_A_STEP, sequences)
+        found["tune"] = one * (min(endtoend.STEPS * at_once, sequences) + sequences / endtoend.HELD_OUT)
+        graphs.append(most(size * at_once // len(piece), state * at_once))
+    return found, max(graphs)
 
 
 def resident_now() -> int:
@@ -147,9 +166,9 @@ def forget_peak() -> None:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], seen: int) -> Needs:
-    """seen: the peak while one block was quantized on a few batches. What shapes ask for, or that and the other batches'
-    activations, whichever is more: libraries take working memory too."""
+def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], graphs: int, seen: int) -> Needs:
+    """graphs: see `timed`. seen: the peak while one block was quantized on a few batches. What shapes ask for, or that and the
+    other batches' activations, whichever is more: libraries take working memory too."""
     before = resident_now()  # libraries, tokenizer, and what the allocator keeps of the block that was timed
     recipe, width = job.recipe, job.dtype.itemsize
     block = max(sum(p.numel() * width for p in b.parameters()) for b in job.blocks)
@@ -166,11 +185,10 @@ def memory(job: Job, out: pathlib.Path, disk: int, seconds: dict[str, float], se
     moments = max((1 + selection.FOLDS) * 4 * (k * k + (n * k if recipe.needs_original else 0)) for n, k in shapes)
     solving = max(WORKING_COPIES * 4 * n * k + 3 * 4 * k * k for n, k in stacked(job)) if recipe.solver else 0
     codes = sum(n * k for n, k in shapes) * (1 + 14 / 128) if recipe.finetune_scales else 0
-    graphs = 0
     if recipe.guided or recipe.finetune_scales:
         vocabulary, text = job.hf_config.get_text_config().vocab_size, batch_size(job.config.samples, job.config.seq_len)
         at_once = min(text * job.config.seq_len, endtoend.tokens_at_once(job.hf_config))
-        graphs = endtoend.GRAPH_BYTES + endtoend.LOGIT_COPIES * 4 * at_once * vocabulary
+        graphs += endtoend.LOGIT_COPIES * 4 * at_once * vocabulary
     compute = block * (2 if recipe.needs_original else 1) + outer + (moments if recipe.solver else 0) + solving + graphs
     on_gpu = job.device.type != "cpu"
     held = min(resident, int(store.room["device"])) if on_gpu else 0

@@ -27,14 +27,18 @@ def streams(folder, tokens, batch=4):
     return empty, blocks, name, weights, inputs
 
 
-@pytest.mark.parametrize("room", [endtoend.LOGIT_BYTES, 40_000])  # for the logits of a batch, or of a few tokens
+@pytest.mark.parametrize("whole", [True, False])  # logits and graphs of a batch at once, or of parts of it, blocks run again
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "opt", "falcon"])  # untied, tied, soft-capped, biases, tuples
-def test_guidance_equals_a_backward_pass_through_the_whole_model(arch, room, tmp_path, monkeypatch):
-    monkeypatch.setattr(endtoend, "LOGIT_BYTES", room)
+def test_guidance_equals_a_backward_pass_through_the_whole_model(arch, whole, tmp_path, monkeypatch):
+    for name, value in {} if whole else dict(LOGIT_BYTES=40_000, LOGIT_TOKENS=1, PIECE=128, GRAPH_BYTES=200_000).items():
+        monkeypatch.setattr(endtoend, name, value)
     folder = write_model(tmp_path / arch, arch)
     tokens = calibration_tokens(QuantizeConfig(**SMALL), folder, models.load_config(folder))
     empty, blocks, name, weights, inputs = streams(folder, tokens)
+    made = []
+    monkeypatch.setattr(endtoend.Segment, "__init__", functools.partialmethod(counted, made, endtoend.Segment.__init__))
     found = endtoend.guide(empty, blocks, name, weights, inputs, torch.float32)
+    assert made == ([True] * 8 if whole else [False] * 16)  # 16 sequences, 2 blocks
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     outputs = {}
@@ -107,6 +111,7 @@ def test_what_does_not_help_held_out_text_is_not_kept(both, tmp_path, monkeypatc
 
 def test_scales_are_tuned_alike_on_a_few_logits_at_a_time(both, tmp_path, monkeypatch):
     seen = []
+    monkeypatch.setattr(endtoend, "LOGIT_TOKENS", 1)
     monkeypatch.setattr(endtoend, "LOGIT_BYTES", 1_000_000)  # 61 tokens of 512
     call = endtoend.Head.__call__
     monkeypatch.setattr(endtoend.Head, "__call__", lambda self, h: seen.append(h.shape[:-1].numel()) or call(self, h))

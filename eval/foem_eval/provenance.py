@@ -10,10 +10,12 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "transformers", "vllm", "lm_eval", "triton")
+TABLES = (":(top,exclude)eval/results", ":(top,exclude)kernels/results")
 
 
 def provenance() -> dict:
-    """{"command", "commit", "date", "machine", "versions"}; commit ends in "+" when the working tree has changes."""
+    """{"command", "commit", "date", "machine", "versions"}; commit ends in "+" when the working tree has changes, other than of
+    tables like the one that is being made."""
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", pathlib.Path(__file__).parent, *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
@@ -24,10 +26,10 @@ def provenance() -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    here = pathlib.Path.cwd()
+    here, changed = pathlib.Path.cwd(), git("status", "--porcelain", "-uno", "--", ":/", *TABLES)
     words = [os.path.relpath(a, here) if os.path.isabs(a) and pathlib.Path(a).is_relative_to(here) else a for a in sys.argv]
     return {"command": " ".join(["python", *words]),
-            "commit": git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+            "commit": git("rev-parse", "--short=12", "HEAD") + ("+" if changed else ""),
             "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions}
 
 
