@@ -4,7 +4,7 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
-.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families moe mixed-precision parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
+.PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families moe ablation mixed-precision parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
 
 help:            ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ families: setup      ## small models of every family: quantize, serve, compare w
 
 moe: setup           ## Mixtral and Qwen3-MoE in small: quantize, serve, ask, lm-eval, beside transformers (five minutes)
 	$(RUN) eval/moe.py $(ARGS)
+
+ablation: setup      ## what every switch of the quantizer is worth, two small models, three seeds (an hour; continues)
+	$(RUN) eval/ablation.py $(ARGS)
 
 mixed-precision: setup ## bits chosen within a budget beside one width everywhere, two small models (an hour of a core; continues)
 	$(RUN) eval/mixed_precision.py $(ARGS)

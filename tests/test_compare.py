@@ -13,7 +13,7 @@ import torch
 from foem_eval import compare_tables
 from foem_eval.compare import Comparison, compare
 from foem_eval.dequantized import load_dequantized
-from foem_eval.divergence import Remembered, bootstrap, measure, read_sequences
+from foem_eval.divergence import Remembered, bootstrap, measure, ratio_of_all, read_sequences
 from foem_eval.methods import parse, run_peer, split
 from foem_eval.peers import environments
 from safetensors.torch import save_file
@@ -132,6 +132,15 @@ def test_one_run_stands_for_every_seed_but_other_shapes_are_refused():
     for other in (torch.rand(2, 20), torch.rand(3, 19)):
         with pytest.raises(ValueError, match="not of the same seeds and sequences"):
             bootstrap(a, other)
+
+
+def test_ratios_of_several_models_are_drawn_together():
+    b = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)) + 1
+    assert ratio_of_all([(2 * b, b), (8 * b, b)]) == (pytest.approx(4), pytest.approx((4, 4)))
+    a = torch.rand(2, 30, generator=torch.Generator().manual_seed(2)) + 1
+    assert ratio_of_all([(a, b), (b, a)]) == (pytest.approx(1), pytest.approx((1, 1)))  # what one gains the other loses
+    found, one = ratio_of_all([(a, b), (a, b)]), bootstrap(a, b)  # nothing new in the second
+    assert found == (pytest.approx(one.ratio), pytest.approx(one.ratio_interval))
 
 
 def test_remembered_logits_are_the_models_and_stop_at_the_budget(model):

@@ -6,7 +6,7 @@ less than the values themselves. All logits are float32.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -56,6 +56,21 @@ def bootstrap(a: torch.Tensor, b: torch.Tensor, draws: int = 10_000, seed: int =
     because every seed's model was measured on the same ones. One row stands for every seed (a method that reads no text). With
     few seeds their share of the interval is coarse: two give three possible means.
     """
+    means_a, means_b = resampled(a, b, draws, seed)
+    a, b = (x.double().mean() for x in (a, b))
+    return Bootstrap(float(a - b), _interval(means_a - means_b), float(a / b), _interval(means_a / means_b))
+
+
+def ratio_of_all(cells: Sequence[tuple[torch.Tensor, torch.Tensor]], draws: int = 10_000) -> tuple[float, tuple[float, float]]:
+    """Geometric mean over cells (a, b) of mean of a over mean of b, with its 95 % interval. A draw takes the same seeds and
+    sequences in every cell: models that are measured on the same text are not independent."""
+    mean = torch.stack([a.double().mean().log() - b.double().mean().log() for a, b in cells]).mean().exp()
+    drawn = [torch.stack(resampled(a, b, draws, 0)).log() for a, b in cells]
+    return float(mean), _interval(torch.stack([a - b for a, b in drawn]).mean(0).exp())
+
+
+def resampled(a: torch.Tensor, b: torch.Tensor, draws: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[draws] means of a and of b, see `bootstrap`."""
     rows = max(len(a), len(b))
     a, b = (x.double().expand(rows, -1) if len(x) == 1 else x.double() for x in (a, b))
     if a.shape != b.shape:
@@ -63,8 +78,7 @@ def bootstrap(a: torch.Tensor, b: torch.Tensor, draws: int = 10_000, seed: int =
     generator = torch.Generator().manual_seed(seed)
     seeds, sequences = (_shares(draws, n, generator) for n in a.shape)
     means_a, means_b = (((seeds @ x) * sequences).sum(1) for x in (a, b))
-    return Bootstrap(float((a - b).mean()), _interval(means_a - means_b),
-                     float(a.mean() / b.mean()), _interval(means_a / means_b))
+    return means_a, means_b
 
 
 def _shares(draws: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -74,6 +88,7 @@ def _shares(draws: int, n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _interval(values: torch.Tensor) -> tuple[float, float]:
+    """95 %."""
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
 
