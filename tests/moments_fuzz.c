@@ -48,20 +48,21 @@ int main(int argc, char **argv)
 {
     if (!__builtin_cpu_supports("avx512bf16"))
         return puts("cpu_moments needs AVX-512 BF16: nothing to do"), 0;
-    const int problems = argc > 1 ? atoi(argv[1]) : 100;
+    const int amx = foem_cpu_has_amx(), problems = argc > 1 ? atoi(argv[1]) : 100;
     for (int done = 0; done < problems; done++) {
         const long tokens = 1 + next(600), k = 1 + next(100), n = 1 + next(80);
         uint16_t *x = random_rows(tokens, k), *then = random_rows(tokens, n), *now = random_rows(tokens, n);
         float *weights = next(2) ? malloc(tokens * sizeof(float)) : NULL, *gram = calloc(k * k, 4), *cross = calloc(n * k, 4);
         for (long t = 0; weights && t < tokens; t++)
             weights[t] = next(1000) / 500.0f;
-        const int with = next(2);
-        const int failed = foem_cpu_add_moments(x, k, tokens, k, weights, gram, then, n, now, n, n, with ? cross : NULL, 1 + next(3));
+        const int with = next(2), tiles = amx && next(2);
+        const int failed = foem_cpu_add_moments(x, k, tokens, k, weights, gram, then, n, now, n, n, with ? cross : NULL, tiles,
+                                                1 + next(3));
         const double g = worst(gram, x, NULL, x, weights, tokens, k, k, 1);
         const double c = with ? worst(cross, then, now, x, weights, tokens, n, k, 0) : 0;
         if (failed || g > (weights ? 0x1p-7 : 1e-5) || c > 0x1p-7)
-            return printf("problem %d: tokens %ld, k %ld, n %ld: %d, %g, %g\n", done, tokens, k, n, failed, g, c), 1;
+            return printf("problem %d: tokens %ld, k %ld, n %ld, tiles %d: %d, %g, %g\n", done, tokens, k, n, tiles, failed, g, c), 1;
         free(x), free(then), free(now), free(weights), free(gram), free(cross);
     }
-    return printf("%d problems, none wrong\n", problems), 0;
+    return printf("%d problems%s, none wrong\n", problems, amx ? ", half of them with AMX" : ""), 0;
 }

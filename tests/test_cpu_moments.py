@@ -8,6 +8,16 @@ from foem_vllm.capture import Moments
 
 REASON = cpu_moments.supports("cpu", torch.bfloat16)
 needs_bf16 = pytest.mark.skipif(REASON is not None, reason=f"cpu_moments {REASON}")
+
+@pytest.fixture(params=["", "avx512_bf16"], ids=["best", "avx512_bf16"], autouse=True)
+def isa(request, monkeypatch):
+    """With AMX's tiles where the CPU has them, and without."""
+    if request.param and REASON is None:
+        monkeypatch.setenv("FOEM_CPU_ISA", request.param)
+    else:
+        monkeypatch.delenv("FOEM_CPU_ISA", raising=False)
+
+
 SHAPES = [(1, 1, 1), (2, 32, 32), (3, 33, 5), (257, 31, 64), (600, 96, 40), (1025, 130, 97)]
 
 
@@ -95,6 +105,14 @@ def test_refusals_name_what_is_wrong():
             cpu_moments.add(*arguments)
 
 
+@needs_bf16
+def test_products_of_torch_before_and_after_are_the_same():
+    x, *_ = tensors(512, 256, 1)  # torch may use AMX too, in a configuration of its own
+    before = x.T @ x
+    cpu_moments.add(torch.zeros(256, 256), x)
+    assert torch.equal(x.T @ x, before)
+
+
 def test_another_device_dtype_or_instruction_set_is_named(monkeypatch):
     assert "not cuda" in cpu_moments.supports("cuda", torch.bfloat16)
     assert "float16" in cpu_moments.supports("cpu", torch.float16)
@@ -106,10 +124,9 @@ def test_another_device_dtype_or_instruction_set_is_named(monkeypatch):
 def test_moments_come_out_alike_with_and_without_the_instructions(monkeypatch, cross, weighted):
     x, then, now, weights = tensors(900, 48, 48)
     found = []
-    for isa in (None, "portable"):
-        monkeypatch.delenv("FOEM_CPU_ISA", raising=False)
-        if isa:
-            monkeypatch.setenv("FOEM_CPU_ISA", isa)
+    for portable in (False, True):
+        if portable:
+            monkeypatch.setenv("FOEM_CPU_ISA", "portable")
         moments = Moments(48, torch.device("cpu"), 2, cross)
         for fold, rows in enumerate((slice(0, 400), slice(400, 900))):
             moments.add(fold, x[None, rows], now[None, rows], then[None, rows], weights[rows] if weighted else None)

@@ -1,4 +1,4 @@
-"""Second moments of bfloat16 activations on CPUs with AVX-512 BF16: the wrapper of cpu_moments.c."""
+"""Second moments of bfloat16 activations on CPUs with AVX-512 BF16, or AMX too: the wrapper of cpu_moments.c."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def add(
     at = native.pointer
     failed = native.library().foem_cpu_add_moments(
         at(x), x.stride(0), t, k, at(root), at(gram), at(then), 0 if then is None else then.stride(0), at(now),
-        0 if now is None else now.stride(0), 0 if cross is None else len(cross), at(cross), torch.get_num_threads(),
+        0 if now is None else now.stride(0), 0 if cross is None else len(cross), at(cross), native.tiles(),
+        torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory for a copy of {t} x {k} activations")

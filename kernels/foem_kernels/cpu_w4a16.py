@@ -5,7 +5,7 @@ read once from memory while decoding and stay in the cache for prompts; nothing 
 Codes of 2 and 3 bits are stored in 4. Activations are used as they are, in bf16 dot products (AVX-512 BF16, exact products)
 or float32 multiply-adds, unless FOEM_CPU_ACT=int8 asks for 8 bits a token's element (AVX-512 VNNI).
 
-FOEM_CPU_ISA forces one of `native.INSTRUCTION_SETS`. Not used: AMX tiles, for want of a machine to run them on.
+FOEM_CPU_ISA forces one of `native.INSTRUCTION_SETS`. AMX tiles are not used here.
 """
 
 from __future__ import annotations

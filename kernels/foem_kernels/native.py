@@ -24,6 +24,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 _SIGNATURES = {
     "foem_cpu_isa": [],
     "foem_cpu_has_int8": [],
+    "foem_cpu_has_amx": [],
     # x, m, k, dtype, weight, n, bits, group_size, scales, zeros, zero, order, bias, y, isa, int8, threads
     "foem_cpu_w4a16": [_POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _INT, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER,
                        _POINTER, _INT, _INT, _INT],
@@ -31,9 +32,9 @@ _SIGNATURES = {
     # columns, rows, threads
     "foem_cpu_quantize_block": [_POINTER, _POINTER, _LONG, *[_POINTER] * 5, _FLOAT, _POINTER, _POINTER, _LONG, _LONG, _POINTER,
                                 _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT],
-    # x, x_stride, tokens, k, weights, gram, then, then_stride, now, now_stride, n, cross, threads
+    # x, x_stride, tokens, k, weights, gram, then, then_stride, now, now_stride, n, cross, tiles, threads
     "foem_cpu_add_moments": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER,
-                             _INT],
+                             _INT, _INT],
     # w, next_row, next_group, next_column, importance, scales, zeros, mid, levels, rows, groups, columns, best, isa, threads
     "foem_cpu_search_grid": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _FLOAT, _LONG, _LONG, _LONG, _LONG,
                              _POINTER, _INT, _INT],
@@ -71,6 +72,16 @@ def instruction_set() -> int:
     if asked not in INSTRUCTION_SETS[: best + 1]:
         raise ValueError(f"FOEM_CPU_ISA={asked}: choose one of {', '.join(INSTRUCTION_SETS[: best + 1])} on this machine")
     return INSTRUCTION_SETS.index(asked)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(library().foem_cpu_has_amx())
+
+
+def tiles() -> bool:
+    """Whether AMX is used, where it helps: the CPU has it, and no instruction set was asked for by name."""
+    return not os.environ.get("FOEM_CPU_ISA") and _has_amx()
 
 
 def pointer(t: torch.Tensor | None) -> int | None:
