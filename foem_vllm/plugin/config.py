@@ -6,6 +6,7 @@ every layer. The look at the checkpoint is where bad files are refused: before a
 
 from __future__ import annotations
 
+import functools
 import logging
 import pathlib
 
@@ -100,6 +101,7 @@ class FoemConfig(compat.QuantizationConfig):
         """See vLLM. None for layers that are neither linear nor experts."""
         from foem_vllm.plugin.linear import FoemLinearMethod
 
+        ask_for_amx()
         if isinstance(layer, compat.RoutedExperts):
             return self.experts_method(layer, prefix)
         head = isinstance(layer, compat.ParallelLMHead)
@@ -123,3 +125,13 @@ class FoemConfig(compat.QuantizationConfig):
         if specs is None:
             return compat.UnquantizedFusedMoEMethod(layer.moe_config)
         return FoemMoEMethod(specs, self.format_config.zero_format, prefix, layer.moe_config)
+
+
+@functools.cache
+def ask_for_amx() -> None:
+    """Have Linux let this process use AMX, where the CPU has it.
+
+    vLLM's attention on CPUs uses it in bfloat16, and counts on oneDNN, which multiplies the weights that are not quantized, to
+    have asked. Where every linear before the first attention is ours nobody has, and the first request would end in SIGILL.
+    """
+    torch.cpu._init_amx()
