@@ -109,18 +109,22 @@ def test_what_does_not_help_held_out_text_is_not_kept(both, tmp_path, monkeypatc
     assert all(torch.equal(a.read(n), b.read(n)) for n in a.files)
 
 
-def test_scales_are_tuned_alike_on_a_few_logits_at_a_time(both, tmp_path, monkeypatch):
+def test_scales_are_tuned_alike_on_a_few_logits_at_a_time(tmp_path, monkeypatch):
+    """In float32: products in bfloat16 round otherwise for another number of rows, most of all in AMX tiles."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    common = dict(preset="fast", bits=3, calibration=str(CALIBRATION), samples=32, seq_len=128, device="cpu")
+    quantize(TINYLM, tmp_path / "plain", QuantizeConfig(**common))
+    expected = quantize(TINYLM, tmp_path / "together", QuantizeConfig(**common, finetune_scales=True))
     seen = []
     monkeypatch.setattr(endtoend, "LOGIT_TOKENS", 1)
     monkeypatch.setattr(endtoend, "LOGIT_BYTES", 1_000_000)  # 61 tokens of 512
     call = endtoend.Head.__call__
     monkeypatch.setattr(endtoend.Head, "__call__", lambda self, h: seen.append(h.shape[:-1].numel()) or call(self, h))
-    common = dict(preset="fast", bits=3, calibration=str(CALIBRATION), samples=32, seq_len=128, device="cpu")
-    report = quantize(TINYLM, tmp_path / "out", QuantizeConfig(**common, finetune_scales=True))
+    report = quantize(TINYLM, tmp_path / "few", QuantizeConfig(**common, finetune_scales=True))
     assert max(seen) == endtoend.tokens_at_once(models.load_config(TINYLM)) < 128
-    for name, value in both[True][0].tuning.items():
+    for name, value in expected.tuning.items():
         assert report.tuning[name] == pytest.approx(value, rel=1e-3)
-    tuned, together, plain = (Weights(folder) for folder in (tmp_path / "out", both[True][1], both[False][1]))
+    tuned, together, plain = (Weights(tmp_path / name) for name in ("few", "together", "plain"))
     moved = apart = 0.0
     for name in (n for n in tuned.files if n.endswith(".scales")):
         a, b, c = (w.read(name).float() for w in (tuned, together, plain))

@@ -19,16 +19,19 @@ from serving import ENV, NEW_TOKENS, VARIANTS, same_up_to_ties  # noqa: E402
 from foem_vllm.format import QuantSpec  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
+# Stock vLLM's kernel rounds twice as much as bfloat16 on CPUs with AMX (NOTES.md): twice what is asked of ours.
+STOCK_ROUNDING = 2 if torch.cpu._is_amx_tile_supported() else 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_agrees_with_transformers(name, answers, dense):
     answer, exact = answers[name], dense[name]
+    tolerance = exact.tolerance * (STOCK_ROUNDING if name == "stock" else 1)
     assert exact.tolerance < 0.5  # the yardstick itself must mean something: log-probabilities here spread over 10
     for found, expected in zip(answer["logprobs"], exact.logprobs):
-        assert float((torch.tensor(found) - expected).abs().max()) < exact.tolerance
+        assert float((torch.tensor(found) - expected).abs().max()) < tolerance
     for prompt, greedy in zip(answer["prompts"], answer["greedy"]):
-        assert len(greedy) == NEW_TOKENS and exact.regret(prompt, greedy) < exact.tolerance
+        assert len(greedy) == NEW_TOKENS and exact.regret(prompt, greedy) < tolerance
 
 
 def test_variants_took_the_intended_path(answers):
@@ -41,7 +44,7 @@ def test_variants_took_the_intended_path(answers):
 def test_foem_and_stock_gptq_agree(answers, dense):
     """Same weights, both kernels: log-probabilities of the same text differ by rounding only."""
     for a, b in zip(answers["sym"]["logprobs"], answers["stock"]["logprobs"]):
-        assert float((torch.tensor(a) - torch.tensor(b)).abs().max()) < dense["sym"].tolerance
+        assert float((torch.tensor(a) - torch.tensor(b)).abs().max()) < STOCK_ROUNDING * dense["sym"].tolerance
 
 
 def test_completions_are_greedy_for_transformers(one_by_one, dense):

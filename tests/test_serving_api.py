@@ -254,8 +254,8 @@ def adapters(folders, tmp_path_factory) -> dict[str, pathlib.Path]:
 def restarted(server, one_by_one, adapters):
     """The server after SIGKILL in the middle of its work, started again at the same address, now with adapters."""
     client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-    stream = complete(client, "def f(", max_tokens=400, stream=True, extra_body={"ignore_eos": True})
-    next(iter(stream))
+    stream = complete(client, "def f(", max_tokens=400, n=8, temperature=1, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))  # of 3200 tokens, so that a fast machine is not done before it is killed
     server.kill()
     with pytest.raises(openai.APIConnectionError):
         list(stream)
