@@ -52,7 +52,7 @@ peers-compare: setup ## our solver and GPTQModel's on the same moments (installs
 peers-matrix: setup  ## serve GPTQModel's and AutoRound's checkpoints of every form, here and in stock vLLM (continues where it stopped)
 	$(RUN) -m foem_eval.peers.serving_matrix --peers-folder out/peers $(ARGS)
 
-families: setup      ## small models of every family: quantize, serve, compare with transformers (continues where it stopped)
+families: setup      ## small models of every family: quantize, serve, compare with transformers (a few minutes)
 	$(RUN) eval/families.py $(ARGS)
 
 moe: setup           ## Mixtral and Qwen3-MoE in small: quantize, serve, ask, lm-eval, beside transformers (five minutes)

@@ -1,7 +1,7 @@
 """Model families end to end: small random models, quantized by us, served by vLLM on this machine, beside transformers.
 
-    make families                       # eval/results/families.{json,md}; a few minutes; goes on where it stopped
-    python eval/families.py --only opt --again
+    make families                       # eval/results/families.{json,md}; a few minutes; keeps what this commit measured
+    python eval/families.py --only opt --resume
 
 Every family is quantized with a preset on a little text and served with `--quantization foem`, in float32 and in bfloat16. The
 reference is transformers with the dequantized weights in float32. Equal: in float32 every log-probability is within SAME of it,
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from foem_eval.dequantized import dequantized_folder  # noqa: E402
-from foem_eval.provenance import provenance  # noqa: E402
+from foem_eval.provenance import missing, of_commits, provenance  # noqa: E402
 from tiny_models import CALIBRATION, CONFIGS, EVALUATION, MOE_CONFIGS, TINYLM, write_model  # noqa: E402
 from tiny_vision import PROMPT, image, pixels, write_vision_model  # noqa: E402
 
@@ -184,7 +184,8 @@ def table(results: dict) -> str:
         [
             *lines,
             "",
-            f"W4 g32 {results['preset']}; `{results['command']}`, commit {results['commit'][:12]}, {results['date']}.",
+            f"W4 g32 {results['preset']}; `{results['command']}`, {of_commits(results['rows'])}, {results['date']}, "
+            f"vLLM {results['versions']['vllm']}, {results['machine']}.",
             "",
         ]
     )
@@ -193,7 +194,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="families, comma-separated")
-    parser.add_argument("--again", action="store_true", help="also those that the results file has")
+    parser.add_argument("--resume", action="store_true", help="keep what other commits measured")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "eval/results/families.json")
     arguments = parser.parse_args()
@@ -201,11 +202,12 @@ def main() -> None:
     asked = arguments.only.split(",") if arguments.only else list(FAMILIES)
     if unknown := [n for n in asked if n not in FAMILIES]:
         sys.exit(f"families: no family {', '.join(unknown)}; choose from {', '.join(FAMILIES)}")
-    names = [n for n in asked if arguments.again or n not in results["rows"]]
-    if names:
+    made_by = provenance()
+    if names := missing(asked, results["rows"], made_by["commit"], arguments.resume):
         with tempfile.TemporaryDirectory(prefix="foem-families-") as work:
-            results["rows"] |= run(names, pathlib.Path(work), arguments.preset)
-        results |= provenance() | {"preset": arguments.preset, "command": "make families"}
+            rows = run(names, pathlib.Path(work), arguments.preset)
+        results["rows"] |= {name: row | {"commit": made_by["commit"]} for name, row in rows.items()}
+        results |= made_by | {"preset": arguments.preset, "command": "make families"}
         arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
     arguments.results.with_suffix(".md").write_text(text)

@@ -1,7 +1,7 @@
 """Does tensor parallelism change what a model says? Every form of linear that a rank cuts in its own way, through vLLM's engine.
 
-    make parallel                       # eval/results/parallel.{json,md}; half an hour on two cores; goes on where it stopped
-    python eval/parallel.py --only odd-v1,phi3 --again
+    make parallel                       # eval/results/parallel.{json,md}; half an hour; keeps what this commit measured
+    python eval/parallel.py --only odd-v1,phi3 --resume
 
 tests/parallel_forms.py makes models whose decoder layers each have another form, rounded to nearest. vLLM serves each with one
 process and with two, in float32 and in bfloat16. Two comparisons with transformers on the dequantized weights in float64:
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from foem_eval.provenance import provenance  # noqa: E402
+from foem_eval.provenance import missing, of_commits, provenance  # noqa: E402
 from parallel_forms import MODELS, Model, write  # noqa: E402
 
 from foem_vllm.checkpoint import quantized_modules, read_linear  # noqa: E402
@@ -225,7 +225,7 @@ def say_staged(found: dict | str | None) -> str:
 def table(results: dict) -> str:
     rows = {name: row for name, row in results["rows"].items() if name in MODELS}
     forms = list(dict.fromkeys(form for name in rows for form in MODELS[name].forms))
-    made = f"commit {results['commit'][:12]}, {results['date']}, vLLM {results['versions']['vllm']}, {results['machine']}"
+    made = f"{of_commits(rows)}, {results['date']}, vLLM {results['versions']['vllm']}, {results['machine']}"
     return "\n".join([
         f"`{results['command']}`, {made}.", "",
         "Whole models: largest difference of a log-probability from transformers on the dequantized weights in float64, in nats, "
@@ -246,19 +246,19 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="models, comma-separated")
-    parser.add_argument("--again", action="store_true", help="also those that the results file has")
+    parser.add_argument("--resume", action="store_true", help="keep what other commits measured")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "eval/results/parallel.json")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {"rows": {}}
     asked = arguments.only.split(",") if arguments.only else list(MODELS)
     if unknown := [n for n in asked if n not in MODELS]:
         sys.exit(f"parallel: no model {', '.join(unknown)}; choose from {', '.join(MODELS)}")
-    ids = token_ids()
+    ids, made_by = token_ids(), provenance()
     with tempfile.TemporaryDirectory(prefix="foem-parallel-") as work:
         save_file({"texts": ids}, pathlib.Path(work) / "tokens.safetensors")
-        for name in (n for n in asked if arguments.again or n not in results["rows"]):
-            results["rows"][name] = run(name, pathlib.Path(work), ids)
-            results |= provenance() | {"command": "make parallel"}
+        for name in missing(asked, results["rows"], made_by["commit"], arguments.resume):
+            results["rows"][name] = run(name, pathlib.Path(work), ids) | {"commit": made_by["commit"]}
+            results |= made_by | {"command": "make parallel"}
             arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(arguments.results.read_text())  # keys as strings
     text = table(results)

@@ -33,6 +33,17 @@ def provenance() -> dict:
             "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions}
 
 
+def missing(names: list[str], rows: dict[str, dict], commit: str, any_commit: bool) -> list[str]:
+    """The names whose row, with the "commit" that measured it, is not there yet: of this commit, or with `any_commit` of any."""
+    return [name for name in names if name not in rows or not (any_commit or rows[name].get("commit") == commit)]
+
+
+def of_commits(rows: dict[str, dict]) -> str:
+    """Which commits measured a table's rows, in words."""
+    commits = sorted({row["commit"] for row in rows.values()})
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
 def machine() -> str:
     """Processor, cores, memory and GPU, in words."""
     names = []

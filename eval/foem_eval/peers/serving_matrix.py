@@ -6,8 +6,8 @@ Every form of the format that GPTQModel writes (and a few that it writes and we 
 demo's model with lm_head of its own. What a checkpoint means is what GPTQModel's own torch dequantization computes in float32.
 Ours is served in float32, where nothing but the order of sums differs. Stock vLLM takes 16 bits only, and on some CPUs its kernel
 rounds more than bfloat16 does; it counts as right where its answers are nearer than they would be with any one linear read a step
-off (see `misread`). Every step keeps its results in --work and is continued after an interruption; all of it takes about half an
-hour on two cores.
+off (see `misread`). Every step keeps its results in --work and is continued after an interruption, answers for each commit apart;
+all of it takes about half an hour on two cores.
 """
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def write_checkpoints(work: pathlib.Path, jobs: list[dict], peers: pathlib.Path)
                   env=environments.environment())
 
 
-def serve(work: pathlib.Path, engine: str, names: list[str]) -> dict[str, dict]:
-    """{name: what vllm_offline.py found}. A process that died of one checkpoint is followed by one for the rest."""
+def serve(work: pathlib.Path, engine: str, names: list[str], commit: str) -> dict[str, dict]:
+    """{name: what vllm_offline.py found at `commit`}. A process that died of one checkpoint is followed by one for the rest."""
     options, env = ENGINES[engine]
-    out, log = work / engine, work / f"{engine}.log"
-    out.mkdir(exist_ok=True)
+    out, log = work / commit / engine, work / commit / f"{engine}.log"
+    out.mkdir(parents=True, exist_ok=True)
 
     def known() -> dict[str, dict]:
         return {name: json.loads((out / f"{name}.json").read_text()) for name in names if (out / f"{name}.json").is_file()}
@@ -259,11 +259,12 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, default=ROOT / "eval/results/serving_matrix.json")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    made_by = provenance()
     jobs = [job for job in plan() if re.search(args.only, job["name"])]
     write_checkpoints(args.work, jobs, args.peers_folder)
     names = [name for name in [*(job["name"] for job in jobs), *AUTOROUND] if re.search(args.only, name)]
     written = [name for name in names if "logprobs" in json.loads((args.work / f"{name}.json").read_text())]
-    answers = {engine: serve(args.work, engine, written) for engine in ENGINES}
+    answers = {engine: serve(args.work, engine, written, made_by["commit"]) for engine in ENGINES}
     rows = [row(args.work, name, answers) for name in names]
     for r in rows:
         if "ours" in r:
@@ -274,7 +275,7 @@ def main() -> None:
     summary = (f"{len(compared)} checkpoints. Served right: ours {count['ours']}, "
                f"stock {count['stock']}. Served wrong: ours {wrong['ours']}, stock {wrong['stock']}. "
                f"`foem doctor` foretold {sum(r['as_foretold'] for r in compared)} of them.")
-    content = {**provenance(), **environments.VERSIONS, "exact": EXACT, "summary": summary, "rows": rows}
+    content = {**made_by, **environments.VERSIONS, "exact": EXACT, "summary": summary, "rows": rows}
     args.json.write_text(json.dumps(content, indent=1) + "\n")
     args.json.with_suffix(".md").write_text(markdown(content))
     print(summary)
