@@ -27,11 +27,16 @@ LEFT_OUT = {  # of a preset: what --methods calls it, what the command line does
     "balanced": {"correct=0": "corrected target (`--correct 0`)", "grid=minmax": "searched ranges (`--grid minmax`)",
                  "descent=false": "descent on codes (`--no-descent`)",
                  "act_order=none": "order by importance (`--act-order none`)", "refit=false": "refit of scales (`--no-refit`)"},
-    "fast": {"act_order=none": "order by importance (`--act-order none`)", "refit=false": "refit of scales (`--no-refit`)"},
+    "fast": {"grid=minmax": "searched ranges (`--grid minmax`)",
+             "act_order=none": "order by importance (`--act-order none`)", "refit=false": "refit of scales (`--no-refit`)"},
     "best": {"guided=false": "weights of tokens (`--no-guided`)",
              "finetune_scales=false": "tuned scales (`--no-finetune-scales`)"}}
 ADDED = {"gptq:alpha=auto": "`--alpha auto`", "gptq:beta=auto": "`--beta auto`", "gptq:damping=auto": "`--damp auto`",
-         "gptaq": "GPTAQ's term, alpha 0.25", "foem": "FOEM's term, beta 0.2", "foem+gptaq": "both"}
+         "gptq:grid=search": "`--grid search`", "gptq:refit=true": "`--refit`", "gptq:descent=true": "`--descent`",
+         "gptq:act_order=group": "`--act-order group`", "gptq:act_order=static": "`--act-order static`",
+         "gptq:act_order=full": "`--act-order full` (desc_act)",
+         "gptaq": "GPTAQ's term, alpha 0.25", "foem": "FOEM's term, beta 0.2", "foem+gptaq": "both",
+         "foem:form=consistent": "FOEM's term, `--form consistent`"}
 FEW = {"gptq:beta=auto": "`--beta auto`", "gptq:damping=auto": "`--damp auto`"}
 METHODS = ["rtn", "gptq", *ADDED, *(m for p, switches in LEFT_OUT.items() for m in (p, *(f"{p}:{s}" for s in switches)))]
 TEXTS = {"": (METHODS, 128), "_few_tokens": (["gptq", *FEW], 16)}  # name of the folder after the model's -> methods, samples
@@ -60,9 +65,12 @@ def row(found: dict[str, dict], method: str, base: str) -> list[str]:
             same = all(own[s]["kl"] == other[s]["kl"] for s in seeds)
             cells.append("the same" if same else f"{kl[0].mean() / kl[1].mean():.3f} ({loss[0].mean() - loss[1].mean():+.4f})")
     ratio, (low, high) = ratio_of_all(pairs)
-    seconds = [min(run["quantize_seconds"] for run in found["qwen3"]["runs"] if (run["method"], run["bits"]) == (name, 3))
-               for name in (method, base)]
+    seconds = [least_seconds(found["qwen3"], name) for name in (method, base)]
     return [*cells, f"{ratio:.3f} [{low:.3f}, {high:.3f}]", f"{seconds[0] - seconds[1]:+.1f}"]
+
+
+def least_seconds(results: dict, method: str) -> float:
+    return min(run["quantize_seconds"] for run in results["runs"] if (run["method"], run["bits"]) == (method, 3))
 
 
 def write(out: pathlib.Path) -> None:
@@ -76,8 +84,8 @@ def write(out: pathlib.Path) -> None:
 
     usual, few = found.values()
     settings = usual["qwen3"]["settings"]
-    seconds = {name: min(run["quantize_seconds"] for run in usual["qwen3"]["runs"] if (run["method"], run["bits"]) == (name, 3))
-               for name in ("gptq", *LEFT_OUT)}
+    seconds = {name: least_seconds(usual["qwen3"], name) for name in ("gptq", *LEFT_OUT)}
+    seconds[f"gptq with {few['qwen3']['settings']['samples']} x {settings['seq_len']}"] = least_seconds(few["qwen3"], "gptq")
     losses = [f"{MODELS[model]} {statistics.fmean(results['original']['loss']):.4f}" for model, results in usual.items()]
     commits = sorted({run["commit"] for text in found.values() for results in text.values() for run in results["runs"]})
     left_out = [[preset, text, *row(usual, f"{preset}:{switch}", preset)]

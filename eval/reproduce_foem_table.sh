@@ -66,7 +66,14 @@ evaluate() {  # word perplexity of $1, a folder or hub name; $2: file for the ta
     perplexity "$2" | grep . || { echo "$2 holds no word_perplexity; choose another TASK" >&2; return 1; }
 }
 
+# What exists below OUT is of the settings that it was made with.
 mkdir -p "$OUT"
+settings="SAMPLES=$SAMPLES SEQ_LEN=$SEQ_LEN CALIBRATION=$CALIBRATION TASK=$TASK CONTEXT=$CONTEXT BACKEND=$BACKEND LIMIT=$LIMIT"
+if [ -f "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$settings" ]; then
+    echo "$OUT was made with $(cat "$OUT/settings.txt"), now $settings: choose another OUT" >&2
+    exit 1
+fi
+echo "$settings" > "$OUT/settings.txt"
 rows=()
 for model in $MODELS; do
     name=${model##*/}

@@ -210,7 +210,7 @@ def inspect(
     """Show what is in a checkpoint: format, layers, their errors, bits per weight, size."""
     from foem_vllm import html_report
     from foem_vllm.checkpoint import describe, read_report
-    from foem_vllm.report import kind_table, layer_table
+    from foem_vllm.report import kind_table, layer_table, tuning_told
 
     if html:
         html_report.write(read_report(folder), html)
@@ -231,8 +231,7 @@ def inspect(
     if content["recipe"]:
         console.print("recipe: " + ", ".join(f"{k}={v}" for k, v in content["recipe"].items() if k != "sha256"), soft_wrap=True)
     if content["tuning"]:
-        before, after = content["tuning"]["held_out_kl_before"], content["tuning"]["held_out_kl_after"]
-        console.print(f"scales tuned: KL to the original on held-out calibration text {before:.5f} -> {after:.5f} nats a token")
+        console.print("{1}: {0}".format(*tuning_told(content["tuning"])), soft_wrap=True)
     if content["by_kind"]:
         console.print(kind_table(content["by_kind"]))
     console.print(layer_table(content["layers"], "layers"))

@@ -3,7 +3,7 @@
 * `guide`: how much each calibration token matters to each linear: the mean squared gradient of the task loss at its output
   (GuidedQuant, arXiv 2505.07004). The label is drawn from the model itself, so that the squares are those of the Fisher matrix.
 * `tune_scales`: codes fixed, the scales moved down the gradient of KL(original || quantized) at the logits; kept only if that
-  falls on calibration sequences that were not tuned on.
+  falls on calibration sequences that were not tuned on. The codes have seen those, so this errs on the side of no tuning.
 
 The forward pass keeps what enters every block, and the graph of its operations where there is room for those of all blocks;
 otherwise the backward pass runs each block again.

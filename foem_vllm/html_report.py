@@ -15,6 +15,7 @@ from collections import Counter
 from foem_vllm import html_charts as charts
 from foem_vllm.errors import FoemError
 from foem_vllm.html_charts import Html, join, tag
+from foem_vllm.report import tuning_told
 
 ROWS = 2000  # of linears; a table of all experts of a large model would take a browser minutes
 EXAMPLES = 200  # names behind one reason or note
@@ -135,8 +136,7 @@ def tiles(report: dict, layers: list[dict]) -> Html:
     if total is not None:
         figures += [(duration(total), "wall time")]
     if tuning := report.get("tuning"):
-        change = f"{tuning['held_out_kl_before']:.4f} \N{RIGHTWARDS ARROW} {tuning['held_out_kl_after']:.4f}"
-        figures += [(change, "KL to the original on held-out calibration text, nats a token: scales tuned")]
+        figures += [tuning_told(tuning)]
     return tag("div", *(tag("div", tag("b", figure), what, cls="tile") for figure, what in figures), cls="tiles")
 
 

@@ -39,7 +39,8 @@ class LayerResult:
 @dataclass
 class Report:
     """layers: in the order they were solved. skipped: parameters left unquantized, with the reason. seconds: wall time.
-    tuning: KL(original || quantized) on calibration text that the scales were not tuned on, before and after, nats a token.
+    tuning: KL(original || quantized) on calibration text that the scales were not tuned on, before and after, nats a token; equal
+    where tuning did not lower it and was dropped.
     model: what was quantized, see `source_name`. memory: bytes at most, in host memory and on the GPU. chosen_bits: see
     `sensitivity.choose_bits`, None where nothing was to choose."""
 
@@ -84,6 +85,15 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": self.skipped,
         }
+
+
+def tuning_told(tuning: dict[str, float]) -> tuple[str, str]:
+    """(figure, what it is) of Report.tuning, for a reader; says so where tuned scales were no better and were dropped."""
+    before, after = tuning["held_out_kl_before"], tuning["held_out_kl_after"]
+    what = "KL to the original on calibration text that was not tuned on, nats a token; "
+    if after < before:
+        return f"{before:.5f} \N{RIGHTWARDS ARROW} {after:.5f}", what + "scales tuned"
+    return f"{before:.5f}", what + "tuning scales did not lower it: they stay as they were"
 
 
 def by_kind(layers: list[LayerResult]) -> dict[str, dict]:

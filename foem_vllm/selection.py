@@ -24,7 +24,7 @@ from foem_vllm.solver import SolverConfig, finish, solve
 
 FOLDS = 4
 ROWS = 256  # of a layer are enough to judge three numbers by
-CLEAR_GAIN = 0.01  # of GPTQ's score: what is left of less, after it was searched for, is noise at the model's output
+CLEAR_GAIN = 0.01  # of GPTQ's layer loss: what is left of less, after it was searched for, is noise at the model's output
 FEW_ROWS = 64  # and these for one number, or a yes or no
 GRID = {"alpha": (0.0, 0.125, 0.25, 0.5, 1.0), "beta": (0.0, 0.05, 0.1, 0.2), "damping": (0.02, 0.05, 0.1, 0.2)}
 PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
@@ -33,7 +33,8 @@ PLAIN = {"alpha": 0.0, "beta": 0.0, "damping": 0.05}
 @dataclass
 class Choice:
     """alpha, beta, damping: chosen. gain: held-out score of GPTQ minus theirs, over GPTQ's layer loss (above 0: better).
-    scores: [{alpha, beta, damping, score, error}], score relative to GPTQ's, error the standard error of their difference."""
+    scores: [{alpha, beta, damping, score, error}], score less GPTQ's over the same, error the standard error of that. The layer
+    loss is that of rounding, |(Q - target) X_q|^2: the score lacks a constant, so it is no unit where inputs drift."""
 
     alpha: float
     beta: float
@@ -149,7 +150,7 @@ def choose(
     candidates = sorted(itertools.product(*axes), key=lambda c: (sum(a != b for a, b in zip(c, PLAIN.values())), c))
     picked = spread(len(W), ROWS).to(W.device)
     rows, folds = W[picked].to(folds[0].h), of_rows(folds, picked)
-    results = {c: [] for c in candidates}
+    results, losses = {c: [] for c in candidates}, []  # losses: of the first candidate, plain GPTQ
     for suggests, judges in splits(folds):
         means = merge(suggests)
         target = correct(rows, [means], config.damping, strength).target if strength else rows
@@ -163,11 +164,13 @@ def choose(
             )  # fmt: skip
             for c, q in zip(same, dequantize(solved.quantized, spec).to(rows).split(len(rows))):
                 results[c] += [float(score(q - rows, rows, j).mean()) for j in judges]
+                if c == candidates[0]:
+                    losses += [float((((q - target) @ j.h) * (q - target)).sum(1).mean()) for j in judges]
     table = {c: torch.tensor(v, dtype=torch.float64) for c, v in results.items()}
     plain = table[candidates[0]]
     best = min(candidates, key=lambda c: table[c].mean())
     chosen = next(c for c in candidates if (table[c] - table[best]).mean() <= standard_error(table[c] - table[best]))
-    unit = plain.abs().mean().clamp(min=1e-30)
+    unit = torch.tensor(losses, dtype=torch.float64).mean().clamp(min=1e-30)
     gain = plain - table[chosen]
     if gain.mean() < max(CLEAR_GAIN * unit, 2 * standard_error(gain)):
         chosen = candidates[0]

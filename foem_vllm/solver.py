@@ -41,8 +41,8 @@ DIRECT_INVERSE = 128  # columns; more are halved
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold while the
-    factorization fails, and beyond 1 the diagonal of H is used alone. grid: "minmax", or "search" weighted by the diagonal of
+    """alpha, beta: see the module. damping: fraction of H's mean diagonal added to it; raised tenfold, up to 1, while
+    the factorization fails; then the diagonal of H is used alone. grid: "minmax", or "search" weighted by the diagonal of
     H. refit: scales once more in closed form when all codes are known. descent: codes
     once more, one step at a time. block_size: columns updated together (speed only)."""
 
@@ -104,7 +104,7 @@ def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[
                     () if tried == damping else (f"damping raised from {damping:g} to {tried:g}: H was not positive definite",)
                 )
                 return U, tried, notes
-        tried = max(10 * tried, 1e-4)
+        tried = max(min(10 * tried, MAX_DAMPING), 1e-4) if tried < MAX_DAMPING else 2 * MAX_DAMPING
     U = (diagonal + damping * unit).clamp(min=torch.finfo(H.dtype).tiny).rsqrt().diag()
     return U, damping, ("H could not be factored at any damping up to 1: its diagonal was used alone",)
 

@@ -178,6 +178,14 @@ def test_where_a_linear_stands():
     assert place("lm_head") == ("lm_head", 0)
 
 
+@pytest.mark.parametrize("after, words, figure", [(0.01, "scales tuned", "0.02000 \N{RIGHTWARDS ARROW} 0.01000"),
+                                                  (0.02, "they stay as they were", "0.02000")])  # fmt: skip
+def test_scales_that_tuning_did_not_better_are_not_called_tuned(after, words, figure):
+    page = render(made_up(2, tuning={"held_out_kl_before": 0.02, "held_out_kl_after": after}))
+    assert words in page and figure in page
+    assert ("scales tuned" in page) == (after < 0.02)
+
+
 def test_inspect_makes_the_page_again(checkpoint, tmp_path):
     page = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["inspect", str(checkpoint), "--html", str(page)])

@@ -148,9 +148,9 @@ def by_brute_force(text, edges, spec, config, auto, strength=0.0):
     """(chosen, best, {candidate: score and error against plain GPTQ}): the documented rule, on raw tokens."""
     edges = [0, *edges, len(text.x)]
     grid = [selection.GRID[n] if n in auto else (getattr(config, n),) for n in ("alpha", "beta", "damping")]
-    table = {}
+    table, rounding = {}, {}
     for c in itertools.product(*grid):
-        values = []
+        values, rounding[c] = [], []
         for a, b in itertools.pairwise(edges):
             made = text.without(a, b)
             everything = 0, len(made.x)
@@ -160,6 +160,7 @@ def by_brute_force(text, edges, spec, config, auto, strength=0.0):
             Q = dequantize(solve(text.W, means.h, spec, each, means.d, target).quantized, spec).double()
             x, y = text.x[a:b], text.y[a:b]
             values.append(float(((y - x @ Q.T).square() - (y - x @ text.W.T).square()).mean()))
+            rounding[c].append(float((x @ (Q - target.double()).T).square().mean()))
         table[c] = torch.tensor(values, dtype=torch.float64)
     plain = (0.0, 0.0, 0.05)
     first = min(table, key=lambda c: sum(a != b for a, b in zip(c, plain)))
@@ -169,7 +170,7 @@ def by_brute_force(text, edges, spec, config, auto, strength=0.0):
         return float(values.std() / len(values) ** 0.5)
 
     near = [c for c, v in table.items() if (v - table[best]).mean() <= error(v - table[best])]
-    unit = table[first].abs().mean()
+    unit = sum(rounding[first]) / len(rounding[first])
     scores = {c: (float((v - table[first]).mean() / unit), error((v - table[first]) / unit)) for c, v in table.items()}
     taken = min(near, key=lambda c: (sum(a != b for a, b in zip(c, plain)), c))
     gain = table[first] - table[taken]

@@ -199,6 +199,8 @@ def test_damping_escalates_instead_of_failing():
     indefinite = h - 0.3 * h.diagonal().mean() * torch.eye(48, dtype=h.dtype)
     solved = solve(w, indefinite, QuantSpec(4, 16))
     assert solved.damping > 0.05 and "raised" in solved.notes[0]
+    _, damping, notes = factor(indefinite, 0.2)  # ten times as much would be beyond the limit, which itself is tried
+    assert damping == 1 and "raised from 0.2 to 1" in notes[0]
     hopeless = -h + torch.diag(3 * h.diagonal())
     hopeless[0, 1] = hopeless[1, 0] = 1e6
     _, _, notes = factor(hopeless, 0.05)
