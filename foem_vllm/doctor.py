@@ -19,15 +19,20 @@ from foem_kernels import moe
 from foem_kernels.registry import KERNELS, survey
 
 from foem_vllm.errors import FoemError
-from foem_vllm.format import CONFIG_FILES, FormatConfig, first_of
+from foem_vllm.format import CONFIG_FILES, FormatConfig, first_of, stored_config
 from foem_vllm.integrity import read_header, read_headers, weight_files
 from foem_vllm.layers import Asked, Experts, Layer, rest_per_rank, served_layers
-from foem_vllm.serving import Finding, Headers, inspect_modules
+from foem_vllm.serving import Finding, Headers, inspect_modules, missing_layers
 from foem_vllm.stock import refusals
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-GPU_SHARE = 0.92  # of a GPU's memory, what vLLM takes by default
+MEMORY_SHARE = 0.92  # of a GPU's memory, or a CPU's, what vLLM takes by default
 AGAIN = "download the checkpoint again"
+NUMBERS = {  # what configs call them
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+}
 UNSAYABLE = (
     "asymmetric weights in checkpoint_format 'gptq' (version 1), which cannot say zero point 0; a module that has one after all "
     "is refused by name when it is loaded"
@@ -68,7 +73,7 @@ def read(model: str) -> Content:
     headers, findings = read_weights(folder) if hub is None else (hub, [])
     if not headers and not findings:
         raise NotACheckpoint(f"{model}: no .safetensors weights; convert the model with transformers' save_pretrained")
-    return Content(config, next(filter(None, (config.get("quantization_config"), *other)), None), headers, findings)
+    return Content(config, next(filter(None, (stored_config(config), *other)), None), headers, findings)
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -142,8 +147,10 @@ def examine(
     if tensor_parallel_size < 1:
         raise FoemError(f"--tensor-parallel-size {tensor_parallel_size}: must be at least 1")
     content = read(model)
-    asked = Asked(tensor_parallel_size, served_dtype(content.text), device, kv_heads(content.text), expert_parallel)
-    findings = [*content.findings, *heads_finding(content.text, asked)]
+    text = content.text
+    asked = Asked(tensor_parallel_size, served_dtype(text), device, kv_heads(text), expert_parallel, number(text, "heads"),
+                  number(text, "experts"))  # fmt: skip
+    findings = [*content.findings, *heads_finding(text, asked)]
     found, notes = {"layers": None, "memory": None, "ours": None, "stock": None}, []
     if content.method in ("gptq", "foem"):
         found = examine_gptq(content, asked, findings, notes, memory)
@@ -173,9 +180,16 @@ def examine_gptq(content: Content, asked: Asked, findings: list[Finding], notes:
     rows, wrong = kernel_rows(layers)
     findings += wrong  # what our kernels cannot compute is no reason for others
     rest = rest_per_rank(content.headers, modules, bool(content.text.get("tie_word_embeddings")), asked) * asked.dtype.itemsize
+    found = memory_of(sum(row["bytes"] * row["count"] for row in rows), rest, content.text, asked, memory)
+    if rows and found["budget"] is not None and found["kv_room"] < (found["kv_bytes_per_token"] or 1):
+        taken, has = (size / 1e9 for size in (found["quantized"] + rest, found["budget"]))
+        problem = f"take {taken:.2f} GB of a rank's {has:.2f} GB and leave no room for a token's keys and values"
+        small = Finding("weights", problem, "use a larger --tensor-parallel-size, or fewer bits")
+        findings.append(small)
+        why_not.append(str(small))
     return {
         "layers": rows,
-        "memory": memory_of(sum(row["bytes"] * row["count"] for row in rows), rest, content.text, asked, memory),
+        "memory": found,
         "ours": {"served": not findings, "why": [str(finding) for finding in findings]},
         "stock": {"served": not why_not, "why": why_not},
     }
@@ -188,7 +202,8 @@ def layers_of(content: Content, config: FormatConfig, asked: Asked) -> tuple[dic
         return modules, [], []  # what is in a damaged file would count as missing
     if wrong:
         return modules, [], wrong
-    return modules, *served_layers(modules, content.headers, asked)
+    layers, wrong = served_layers(modules, content.headers, asked)
+    return modules, layers, [*missing_layers(content.headers, modules, number(content.text, "layers")), *wrong]
 
 
 def stock_refusals(content: Content, asked: Asked) -> list[str]:
@@ -204,10 +219,14 @@ def stock_refusals(content: Content, asked: Asked) -> list[str]:
 
 
 def heads_finding(text: dict, asked: Asked) -> Iterator[Finding]:
-    heads = text.get("num_attention_heads")
-    if heads and heads % asked.ranks:
-        problem = f"gives the model {heads} attention heads, which {asked.ranks} ranks cannot share evenly"
-        yield Finding("config.json", problem, "use another --tensor-parallel-size")
+    another = "use another --tensor-parallel-size"
+    if asked.heads and asked.heads % asked.ranks:
+        problem = f"gives the model {asked.heads} attention heads, which {asked.ranks} ranks cannot share evenly"
+        yield Finding("config.json", problem, another)
+    kv = None if text.get("kv_lora_rank") else asked.kv_heads
+    if kv and kv != asked.heads and kv % asked.ranks and asked.ranks % kv:
+        problem = f"gives the model {kv} heads of keys and values, which {asked.ranks} ranks can neither share nor copy evenly"
+        yield Finding("config.json", problem, another)
 
 
 def check_device(device: str | None) -> str:
@@ -227,7 +246,12 @@ def served_dtype(text: dict) -> torch.dtype:
 def kv_heads(text: dict) -> int | None:
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
         return 1
-    return text.get("num_key_value_heads") or text.get("num_kv_heads") or text.get("num_attention_heads")
+    return text.get("num_key_value_heads") or text.get("num_kv_heads") or number(text, "heads")
+
+
+def number(text: dict, what: str) -> int | None:
+    """Of "layers", "heads" or (in a layer) "experts" in a model's config; None where it does not say, or not one for all."""
+    return next((text[key] for key in NUMBERS[what] if isinstance(text.get(key), int)), None)
 
 
 def kernel_rows(layers: list[Layer | Experts]) -> tuple[list[dict], list[Finding]]:
@@ -284,16 +308,17 @@ def memory_of(quantized: int, rest: int, text: dict, asked: Asked, given: int | 
 
 
 def default_memory(asked: Asked) -> int | None:
-    if asked.device == "cpu":  # all ranks live in the same memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // asked.ranks
+    if asked.device == "cpu":  # vLLM takes its share of one NUMA node for each rank; ranks beyond those live together
+        nodes = len(list(pathlib.Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE) // max(asked.ranks, nodes)
     if asked.device == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory * GPU_SHARE)
+        return int(torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE)
     return None
 
 
 def kv_bytes(text: dict, asked: Asked) -> int | None:
     """Of one token in all layers; full attention everywhere is assumed, so models with windows need less."""
-    layers, heads, hidden = (text.get(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    layers, heads, hidden = number(text, "layers"), number(text, "heads"), text.get("hidden_size") or text.get("n_embd")
     if text.get("kv_lora_rank"):  # latent attention: one vector, on every rank
         return layers * (text["kv_lora_rank"] + text.get("qk_rope_head_dim", 0)) * asked.dtype.itemsize
     if not (layers and asked.kv_heads and (text.get("head_dim") or (heads and hidden))):

@@ -30,6 +30,9 @@ from foem_vllm.spec import Quantized, QuantSpec, group_index
 
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 GPTQMODEL = "gptq of GPTQModel"  # version 1 by GPTQModel: see `stored_zeros`
+EARLIER_GPTQMODEL = "gptq of an earlier GPTQModel"
+SINCE = (7, 7)
+OLD_3_BITS = (0x24924924, 0x92492492 - (1 << 32), 0x49249249)  # see `stored_zeros`
 PLANAR = "gptq_p"  # GPTQModel's layout in planes of bits; widths that divide a word have one plane, and are stored as version 2
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILES = ("config.json", "quantize_config.json")
@@ -106,7 +109,8 @@ def check_shape(key: str, t: torch.Tensor, spec: QuantSpec, name: str, k: int, n
     if tuple(t.shape) != shape or (t.dtype != dtype if dtype else not t.is_floating_point()):
         raise FoemError(
             f"{name}.{key} is {t.dtype} {list(t.shape)}, but bits={spec.bits}, group_size={spec.group_size} "
-            f"need {dtype or 'floating point'} {list(shape)}; the config does not describe these weights"
+            f"need {dtype or 'floating point'} {list(shape)}; correct bits and group_size in config.json, or download it again "
+            "with the weights"
         )
 
 
@@ -124,13 +128,23 @@ def stored_zeros(words: torch.Tensor, spec: QuantSpec, checkpoint_format: str, n
     """uint8 [n, G] from qzeros [G, ceil(n*bits/32)]: as stored, but of GPTQMODEL the zero points themselves.
 
     GPTQModel writes version 1 by subtracting 1 from every code of a word at once, so that zero point 0 borrows from the next one;
-    adding 1 to every code of the word gives them all back. Codes of 3 bits, which lie in two words, wrap one by one. Symmetric
-    zero points need none of this.
+    adding 1 to every code of the word gives them all back. Codes of 3 bits, which lie in two words, wrap one by one; before its
+    pull request 2763 it took OLD_3_BITS from their words instead, which says nothing of single codes. Of those earlier releases
+    (SINCE is the first known to be later) the zero points decide: they lie about the middle, unless they are read the wrong way.
+    Other symmetric zero points need none of this.
     """
-    if checkpoint_format != GPTQMODEL or spec.symmetric:
-        return unpack_bits(words.T, spec.bits, n)
+    stored = unpack_bits(words.T, spec.bits, n)
+    if spec.bits == 3 and checkpoint_format != "gptq_v2":
+        turns = torch.tensor([OLD_3_BITS[i % 3] for i in range(words.shape[1])], dtype=torch.int32, device=words.device)
+        old = unpack_bits((words + turns).T, 3, n)
+        if spec.symmetric:
+            return old - 1 if bool((old == spec.mid).all()) else stored
+        if checkpoint_format == EARLIER_GPTQMODEL:
+            return min((stored + 1) & 7, old, key=lambda zeros: float((zeros.float() - 3.5).abs().mean()))
+    if checkpoint_format not in (GPTQMODEL, EARLIER_GPTQMODEL) or spec.symmetric:
+        return stored
     if 32 % spec.bits:
-        return (unpack_bits(words.T, spec.bits, n) + 1) & ((1 << spec.bits) - 1)
+        return (stored + 1) & ((1 << spec.bits) - 1)
     one = pack_bits(torch.ones(32 // spec.bits, 1, dtype=torch.uint8, device=words.device), spec.bits)
     return unpack_bits(words.T + one, spec.bits, n)
 
@@ -191,14 +205,14 @@ def check_g_idx(g_idx: torch.Tensor, spec: QuantSpec, name: str) -> None:
     if g_idx.numel() and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
         raise FoemError(
             f"{name}.g_idx holds {int(g_idx.min())}..{int(g_idx.max())}, but there are {groups} groups; "
-            "the file is damaged or group_size in config.json is wrong"
+            "correct group_size in config.json, or download the damaged file again"
         )
     if not torch.equal(
         torch.bincount(g_idx.long().cpu(), minlength=groups), torch.bincount(group_index(k, spec).long(), minlength=groups)
     ):
         raise FoemError(
             f"{name}.g_idx does not give every group {spec.group_size} columns; "
-            "the file is damaged or group_size in config.json is wrong"
+            "correct group_size in config.json, or download the damaged file again"
         )
 
 
@@ -233,10 +247,14 @@ class FormatConfig:
 
     @property
     def zero_format(self) -> str:
-        """How zero points are stored, for those who read them: `checkpoint_format`, or GPTQMODEL."""
+        """How zero points are stored, for those who read them: `checkpoint_format`, or one of GPTQModel's ways."""
         writers = self.meta.get("quantizer") if isinstance(self.meta, dict) else None
-        theirs = any(str(w).startswith("gptqmodel:") for w in (writers if isinstance(writers, list) else [writers]))
-        return GPTQMODEL if theirs and self.checkpoint_format == "gptq" else self.checkpoint_format
+        writers = map(str, writers if isinstance(writers, list) else [writers])
+        release = next((w.removeprefix("gptqmodel:") for w in writers if w.startswith("gptqmodel:")), None)
+        if release is None or self.checkpoint_format != "gptq":
+            return self.checkpoint_format
+        found = re.match(r"(\d+)\.(\d+)", release)
+        return EARLIER_GPTQMODEL if found and tuple(map(int, found.groups())) < SINCE else GPTQMODEL
 
     def spec_for(self, module: str) -> QuantSpec | None:
         """The spec of the module called `module`, or None when a `dynamic` rule ("-:regex") excludes it.
@@ -361,6 +379,12 @@ def check_rules(dynamic: dict | None, where: str) -> None:
             check_values(override, f"{where}: `dynamic` rule {rule!r}")
 
 
+def stored_config(content: dict) -> dict | None:
+    """The quantization config in a config.json: of the model, or of its language model, where vLLM looks too."""
+    text = content.get("text_config")
+    return content.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+
+
 def read_config(folder: str | pathlib.Path) -> FormatConfig:
     """The quantization config of a checkpoint folder: `quantization_config` in config.json, else quantize_config.json.
 
@@ -374,7 +398,7 @@ def read_config(folder: str | pathlib.Path) -> FormatConfig:
             content = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise FoemError(f"{path}: not valid JSON ({error}); the file is damaged, download it again") from None
-        found = content.get("quantization_config") if name == "config.json" else content
+        found = stored_config(content) if name == "config.json" else content
         if found:
             return FormatConfig.from_json(found, str(path))
     raise FoemError(

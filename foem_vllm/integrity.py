@@ -54,10 +54,16 @@ def verify_files(folder: str | pathlib.Path, meta: dict | None) -> int:
 
 
 def weight_map(folder: pathlib.Path) -> dict[str, str] | None:
-    """{tensor: file} of the index, None when there is none. Raises FoemError when it is damaged or names a missing file."""
+    """{tensor: file} of the index, None when there is none. Raises FoemError when it is damaged or names a missing file.
+
+    AutoGPTQ called its shards, and their index, after the number of bits and the group size.
+    """
     index = folder / INDEX
     if not index.is_file():
-        return None
+        others = list(folder.glob("*.safetensors.index.json"))
+        if len(others) != 1:
+            return None
+        index = others[0]
     try:
         names = json.loads(index.read_text("utf-8"))["weight_map"]
         files = set(names.values())
@@ -67,7 +73,7 @@ def weight_map(folder: pathlib.Path) -> dict[str, str] | None:
         raise FoemError(f"{index} names no file; it is damaged, download it again")
     for name in files:
         if not isinstance(name, str) or not (folder / name).is_file():
-            raise FoemError(f"{folder / str(name)} is missing, but {INDEX} names it; download it again")
+            raise FoemError(f"{folder / str(name)} is missing, but {index.name} names it; download it again")
     return names
 
 

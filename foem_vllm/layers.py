@@ -21,7 +21,8 @@ from foem_vllm.serving import Finding, Headers, columns_of, cut_order_groups, ra
 from foem_vllm.spec import QuantSpec
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-ROW = ("o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo")
+FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")  # query, key and value heads in one module
+ROW = ("o_proj", "down_proj", "out_proj", "fc2", "fc_out", "dense", "dense_4h_to_h", "c_proj", "wo", "w2")
 EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<name>\w+)")
 EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 HEADS = ("lm_head", "embed_out")
@@ -79,13 +80,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class Asked:
-    """For whom layers are made. kv_heads: of the model, None when unknown. expert_parallel: ranks hold whole experts."""
+    """For whom layers are made. heads, kv_heads: of the model, and experts of a layer, None when unknown. expert_parallel: ranks
+    hold whole experts."""
 
     ranks: int
     dtype: torch.dtype
     device: str
     kv_heads: int | None = None
     expert_parallel: bool = False
+    heads: int | None = None
+    experts: int | None = None
 
 
 def product(spec: QuantSpec, n: int, k: int, cut: bool, asked: Asked) -> Product:
@@ -110,6 +114,8 @@ def outputs_of_rank(module: str, n: int, asked: Asked, findings: list[Finding]) 
         return -(-n // VOCABULARY_STEP) * VOCABULARY_STEP // asked.ranks
     if last in ("k_proj", "v_proj") and asked.kv_heads and asked.ranks > asked.kv_heads:
         return n // asked.kv_heads  # each rank has a copy of one head
+    if last in FUSED_ON_DISK and asked.heads and asked.kv_heads and asked.ranks > asked.kv_heads:
+        return n // (asked.heads + 2 * asked.kv_heads) * (-(-asked.heads // asked.ranks) + 2)  # likewise
     return share(n, "outputs", module, asked, findings)
 
 
@@ -157,7 +163,7 @@ def experts(modules: Mapping[str, QuantSpec], headers: Headers, asked: Asked, fi
         names[found["name"]] = max(names.get(found["name"], 0), int(found["expert"]) + 1)
     for block, names in blocks.items():
         gate, up, down = next((names3 for names3 in EXPERT_NAMES if names3[0] in names), EXPERT_NAMES[0])
-        count = max(names.values())
+        count = asked.experts or max(names.values())
         try:
             specs = expert_specs(block, count, (gate, up, down), modules.get)
             sizes = {name: headers[f"{block}.0.{name}.qweight"][1][-1] for name in (gate, down)}

@@ -7,6 +7,8 @@ loaded, and `foem doctor` predicts with it; vLLM is not imported.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,9 @@ from foem_vllm.format import FormatConfig, QuantSpec, stored_shapes
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # {tensor: (safetensors dtype, shape)}
 FLOATS = ("F16", "BF16", "F32")
+AGAIN = "download or quantize the checkpoint again"
+LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)")
+EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 STEP = 16  # every kernel takes groups of a multiple of this many columns, and one group for all columns
 EXPERT_SIZES = (128, 64, 32, STEP)  # groups that every kernel for experts takes, when they are whole
 
@@ -51,7 +56,7 @@ def module_findings(module: str, headers: Headers, spec: QuantSpec) -> Iterator[
         tensor = f"{module}.{key}"
         if tensor not in headers:
             if key != "g_idx" or spec.desc_act:
-                yield Finding(tensor, "is missing", "download or quantize the checkpoint again")
+                yield Finding(tensor, "is missing", AGAIN)
         elif headers[tensor][1] != shape or headers[tensor][0] not in (("I32",) if dtype is torch.int32 else FLOATS):
             yield Finding(
                 tensor,
@@ -59,6 +64,36 @@ def module_findings(module: str, headers: Headers, spec: QuantSpec) -> Iterator[
                 f"need {'I32' if dtype else 'floating point'} {list(shape)}",
                 "correct bits and group_size in config.json, or download the checkpoint again",
             )
+
+
+def missing_layers(headers: Headers, modules: Mapping[str, QuantSpec], expected: int | None) -> list[Finding]:
+    """Of the decoder layers with quantized `modules`: numbers that no tensor has among `expected` ones, or before the last; and
+    the modules that are in all layers but one, where those others are alike and it has nothing that they have not. Names alone
+    cannot know more: there are models whose layers differ.
+
+    >>> h = {f"model.layers.{i}.{m}.qweight": ("I32", (1, 1)) for i, m in ((0, "o"), (0, "q"), (2, "o"))}
+    >>> for finding in missing_layers(h, {name[:-8]: None for name in h}, 4):
+    ...     print(finding.tensor, finding.problem)
+    model.layers.1 has no tensors
+    model.layers.3 has no tensors
+    model.layers.2.q is missing
+    """
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for tensor in headers:
+        if found := LAYER.match(tensor):
+            module = EXPERT_NUMBER.sub(".experts.", found["rest"]).rpartition(".")[0]
+            stacks.setdefault(found["stack"], {}).setdefault(int(found["number"]), set()).add(module)
+    findings = []
+    for stack in {found["stack"] for module in modules if (found := LAYER.match(f"{module}.qweight"))}:
+        layers = stacks[stack]
+        absent = [i for i in range(max(expected or 0, max(layers) + 1)) if i not in layers]
+        findings += [Finding(f"{stack}.{i}", "has no tensors", AGAIN) for i in absent]
+        kinds = Counter(map(frozenset, layers.values()))
+        whole = max(kinds, key=lambda kind: (kinds[kind], len(kind)))
+        for number, names in layers.items():
+            if len(kinds) == 2 and kinds[whole] == len(layers) - 1 and names < whole:
+                findings += [Finding(f"{stack}.{number}.{name}", "is missing", AGAIN) for name in sorted(whole - names)]
+    return findings
 
 
 def inspect_modules(headers: Headers, config: FormatConfig) -> tuple[dict[str, QuantSpec], list[Finding]]:

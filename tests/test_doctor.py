@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from foem_vllm import stock
 from foem_vllm.cli import app
-from foem_vllm.doctor import NotACheckpoint, examine
+from foem_vllm.doctor import NotACheckpoint, examine, number
 from foem_vllm.errors import FoemError
 from foem_vllm.format import FormatConfig, QuantSpec, read_config, unpack
 from foem_vllm.layers import Layer, Product
@@ -103,6 +103,21 @@ def test_groups_cut_by_ranks(untrained, tmp_path):
     assert "config.json gives the model 2 attention heads, which 3 ranks cannot share evenly" in said
     assert "model.layers.1.mlp.down_proj has 256 inputs, which 3 ranks cannot share evenly" in said
     assert not three["ours"]["served"] and not three["stock"]["served"]
+
+
+@pytest.mark.parametrize("config,ranks,said", [
+    ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "3 heads of keys and values, which 2 ranks can neither share"),
+    ({"num_attention_heads": 12, "num_key_value_heads": 2}, 3, "2 heads of keys and values, which 3 ranks can neither share"),
+    ({"num_attention_heads": 12, "num_key_value_heads": 4}, 2, None),
+    ({"num_attention_heads": 8, "num_key_value_heads": 2}, 4, None),
+    ({"num_attention_heads": None, "num_key_value_heads": None, "n_head": 6}, 4, "6 attention heads, which 4 ranks"),
+])
+def test_heads_that_ranks_cannot_share(made, config, ranks, said):
+    """As vLLM's attention asserts: so many that ranks share them, or so few that they have copies."""
+    folder = made()
+    write_config(folder, {**json.loads((folder / "config.json").read_text()), **config})
+    found = [p["problem"] for p in examine(str(folder), ranks, "cpu")["problems"] if p["tensor"] == "config.json"]
+    assert found == [] if said is None else said in found[0]
 
 
 @pytest.mark.parametrize("bits,sym,group,order,dynamic", [
@@ -268,6 +283,66 @@ def test_experts(arch, tmp_path):
     assert apart["ours"]["served"] and "experts out" in run(tmp_path / "a", *RANKS, "--enable-expert-parallel").stdout
     three = examine(str(write_rtn_checkpoint(source, tmp_path / "c", QuantSpec(3, 32))), device="sm_90")
     assert "takes 4-bit codes, not 3-bit" in three["problems"][0]["problem"] and not three["ours"]["served"]
+
+
+@pytest.mark.parametrize("lacks,said", [
+    (["model.layers.1.self_attn.o_proj."], ["model.layers.1.self_attn.o_proj is missing"]),
+    (["model.layers.1."], ["model.layers.1 has no tensors"]),
+    (["model.layers.0."], ["model.layers.0 has no tensors"]),
+    (["model.layers.0.mlp.", "model.layers.0.input_layernorm."],
+     [f"model.layers.0.{m} is missing" for m in ("input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")]),
+])
+def test_layers_that_the_checkpoint_lacks(made, lacks, said):
+    folder = made()
+    drop(folder, *(name for name in load_file(folder / "model.safetensors") if name.startswith(tuple(lacks))))
+    found = examine(str(folder), device="cpu")
+    assert [f"{p['tensor']} {p['problem']}" for p in found["problems"]] == said and not found["ours"]["served"]
+
+
+def test_experts_that_the_checkpoint_lacks(tmp_path):
+    """How many there must be is said by the config."""
+    folder = write_rtn_checkpoint(write_model(tmp_path / "source", "qwen3_moe"), tmp_path / "a", QuantSpec(4, 32))
+    last = number(json.loads((folder / "config.json").read_text()), "experts") - 1
+    drop(folder, *(name for name in load_file(folder / "model.safetensors") if f"experts.{last}." in name))
+    found = examine(str(folder), device="cpu")
+    assert not found["ours"]["served"] and f"experts.{last}." in found["problems"][0]["problem"]
+
+
+def test_weights_that_do_not_fit(made):
+    found = examine(str(made()), device="cpu", memory=100_000)
+    assert not found["ours"]["served"] and not found["stock"]["served"]
+    assert "leave no room for a token's keys and values; use a larger" in found["ours"]["why"][0]
+
+
+def test_heads_fused_on_disk_that_ranks_have_copies_of(tmp_path):
+    """6 query heads of 32 and one of keys and values over two ranks: 3 and a copy of both."""
+    source = write_model(tmp_path / "source", "phi3", hidden_size=192, num_attention_heads=6, num_key_value_heads=1)
+    found = examine(str(write_rtn_checkpoint(source, tmp_path / "a", QuantSpec(4, 32))), 2, "cpu")
+    assert shapes(found)["qkv_proj"] == (3 * 32 + 2 * 32, 192)
+
+
+def test_config_of_a_language_model_inside(made):
+    folder = made()
+    config = json.loads((folder / "config.json").read_text())
+    inside = {"quantization_config": config["quantization_config"]}
+    write_config(folder, {**config, "quantization_config": None, "text_config": inside})
+    (folder / "quantize_config.json").unlink(missing_ok=True)
+    assert read_config(folder).spec == QuantSpec(4, 64) and examine(str(folder), device="cpu")["method"] == "gptq"
+
+
+def test_shards_by_their_older_names(made):
+    """AutoGPTQ's index, with one of the shards that it names not there."""
+    folder = made()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"gptq_model-4bit-64g-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(names):
+        save_file({n: t for n, t in tensors.items() if (".1." in n) == bool(i)}, folder / name)
+    index = {"weight_map": {n: names[".1." in n] for n in tensors}}
+    (folder / "gptq_model-4bit-64g.safetensors.index.json").write_text(json.dumps(index))
+    assert examine(str(folder), device="cpu")["ours"]["served"]
+    (folder / names[1]).unlink()
+    assert f"{names[1]} is missing" in " ".join(examine(str(folder), device="cpu")["ours"]["why"])
 
 
 def test_commands_exit_codes_and_json(made, untrained, tmp_path):

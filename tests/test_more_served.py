@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from checkpoints import write_rtn_checkpoint
+from safetensors.torch import load_file, save_file
 from tiny_models import CALIBRATION, write_model
 
 from foem_vllm import QuantizeConfig, quantize
+from foem_vllm.spec import QuantSpec
 
 pytest.importorskip("vllm")
 from foem_eval.dequantized import load_dequantized  # noqa: E402
@@ -26,6 +28,11 @@ CASES = {  # name: architecture, its sizes, what is asked of the quantizer
     "conv1d in parts": ("gpt2", {}, {"exclude": ["h.0.mlp", "h.1.attn"]}),
 }
 SAME = 1e-4  # nats
+LACKING = {  # name: tensors that are not there, the layer that vLLM makes of them
+    "no o_proj": ("model.layers.1.self_attn.o_proj.", "model.layers.1.self_attn.o_proj.weight"),
+    "no layer": ("model.layers.1.", "model.layers.1."),
+    "no embedding": ("model.embed_tokens.", "VocabParallelEmbedding.weight"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,11 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
             preset="fast", group_size=32, calibration=str(CALIBRATION), samples=8, seq_len=64, device="cpu", **options
         )
         quantize(source, root / name, config)
-    return {name: root / name for name in CASES}
+    source = write_model(root / "lacking model", "llama", **WIDE)
+    for name, (prefix, _) in LACKING.items():
+        path = write_rtn_checkpoint(source, root / name, QuantSpec(4, 32)) / "model.safetensors"
+        save_file({n: t for n, t in load_file(path).items() if not n.startswith(prefix)}, path, {"format": "pt"})
+    return {name: root / name for name in (*CASES, *LACKING)}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +63,9 @@ def answers(folders, texts, tmp_path_factory) -> dict[str, dict]:
     save_file({"texts": texts}, root / "tokens.safetensors")
     options = json.dumps({"quantization": "foem", "dtype": "float32"})
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run([sys.executable, str(SERVER), str(root), str(out), options, *CASES], env=env, capture_output=True)
+    done = subprocess.run([sys.executable, str(SERVER), str(root), str(out), options, *folders], env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return {name: json.loads((out / f"{name}.json").read_text()) for name in CASES}
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in folders}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,3 +75,9 @@ def test_served_as_transformers_computes_it(name, folders, texts, answers):
         table = load_dequantized(folders[name])(texts).logits.log_softmax(-1)
     expected = table[:, :-1].gather(2, texts[:, 1:, None])[..., 0]
     assert (torch.tensor(answers[name]["logprobs"]) - expected).abs().max() < SAME
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_the_checkpoint_lacks_is_refused_by_name(name, answers):
+    """vLLM itself looks for missing weights only in models without quantization, and would serve what the memory held."""
+    assert "was not loaded" in answers[name]["refused"] and LACKING[name][1] in answers[name]["refused"], answers[name]

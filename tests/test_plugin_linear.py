@@ -229,3 +229,38 @@ def test_outputs_of_a_stored_tensor():
 def test_modules_of_a_shard():
     assert [list(shard_modules(s, 3)) for s in (None, 1, "v", (0, 1))] == [[0, 1, 2], [1], [2], [0, 1]]
     assert shard_modules("index_q", 3) is None and shard_modules(3, 3) is None
+
+
+# Layers that are not quantized, of a checkpoint that lacks them
+
+def plain_layer(kind: str):
+    """An unquantized layer of a quantized model, made by vLLM, and the tensors that fill it: [(tensor, shard)]."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    config = FoemConfig(FormatConfig(QuantSpec()))
+    config.modules, config.packed_modules_mapping = {"mlp.other": QuantSpec()}, FUSED
+    options = dict(params_dtype=torch.bfloat16, quant_config=config)
+    if kind == "fused":
+        layer = MergedColumnParallelLinear(K, [N, N], bias=False, prefix="mlp.gate_up_proj", **options)
+        return layer, [(torch.ones(N, K), 0), (torch.ones(N, K), 1)]
+    if kind == "row":
+        return RowParallelLinear(K, N, bias=False, prefix="mlp.down_proj", **options), [(torch.ones(N, K), None)]
+    made = {"embedding": VocabParallelEmbedding, "head": ParallelLMHead}[kind]
+    return made(100, K, prefix=kind, **options), [(torch.ones(100, K), None)]  # padded to 128 rows
+
+
+@pytest.mark.parametrize("kind", ["fused", "row", "embedding", "head"])
+def test_unquantized_layers_that_the_checkpoint_lacks_are_refused(single_rank, kind):
+    """vLLM leaves them as their memory was; what it makes when all is there stays as it is."""
+    for lacking in (True, False):
+        layer, tensors = plain_layer(kind)
+        for tensor, shard in tensors[lacking:]:
+            layer.weight.weight_loader(layer.weight, tensor, *(() if shard is None else (shard,)))
+        if lacking:
+            with pytest.raises(FoemError, match=r"weight was not loaded, or only a part of it.*download or quantize"):
+                layer.quant_method.process_weights_after_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    if kind == "embedding":
+        assert torch.equal(layer(torch.tensor([3, 99])).float(), torch.ones(2, K))
+    elif kind != "head":
+        assert torch.equal(layer(torch.ones(2, K, dtype=torch.bfloat16))[0].float().unique(), torch.tensor([float(K)]))

@@ -104,6 +104,34 @@ def test_zero_points_as_gptqmodel_writes_them(bits):
         unpack(stored, plain.spec, plain.zero_format)
 
 
+def less_old_ones(words: torch.Tensor) -> torch.Tensor:
+    """As GPTQModel took 1 from zero points of 3 bits before its pull request 2763: by word, with ones at every third bit from
+    the third, the second and the first on."""
+    ones = [sum(1 << bit for bit in range(first, 32, 3)) for first in (2, 1, 0)]
+    rows = [[(int(word) - ones[i % 3] + 2**31) % 2**32 - 2**31 for i, word in enumerate(row)] for row in words]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("release,old", [("5.0.0", True), ("5.0.0", False), ("7.7.0", False)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_of_3_bits_by_releases_of_gptqmodel(symmetric, release, old):
+    spec = QuantSpec(3, 32, symmetric)
+    zero_format = FormatConfig(spec, meta={"quantizer": [f"gptqmodel:{release}"]}).zero_format
+    q = random_linear(spec)
+    if not symmetric:
+        near = torch.randn(q.zeros.shape, generator=torch.Generator().manual_seed(3)) * 1.2 + 3.5
+        q = q._replace(zeros=near.round().clamp(0, 7).to(torch.uint8))
+    stored = pack(q, spec, "gptq_v2")
+    one_by_one = (torch.full((N, spec.groups(K)), 4) if symmetric else q.zeros.int()) - 1
+    stored["qzeros"] = less_old_ones(stored["qzeros"]) if old else pack_bits(one_by_one % 8, 3).T.contiguous()
+    found = unpack(stored, spec, zero_format)
+    assert found.zeros is None if symmetric else torch.equal(found.zeros, q.zeros)
+    share = Share(N, K, torch.tensor([5, 0, 39]), (32, 96))
+    taken = {key: take(key, t, spec, share, "layer", zero_format) for key, t in stored.items()}
+    zeros = assemble(taken, spec, zero_format, share, "layer").zeros
+    assert zeros is None if symmetric else torch.equal(zeros, q.zeros[share.outputs])
+
+
 def test_symmetric_zero_points_of_gptqmodel_are_those_of_all():
     config = FormatConfig(QuantSpec(4, 32), meta={"quantizer": "gptqmodel:7.7.0"})
     stored = pack(random_linear(config.spec), config.spec)

@@ -23,6 +23,8 @@ _LATER = {
     "LinearMethodBase": _LINEAR,
     "UnquantizedLinearMethod": _LINEAR,
     "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding",
+    "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding",
+    "UnquantizedEmbeddingMethod": "vllm.model_executor.layers.vocab_parallel_embedding",
     "RoutedExperts": "vllm.model_executor.layers.fused_moe",
     "FusedMoEMethodBase": "vllm.model_executor.layers.fused_moe",
     "UnquantizedFusedMoEMethod": "vllm.model_executor.layers.fused_moe",

@@ -98,20 +98,23 @@ class FoemConfig(compat.QuantizationConfig):
         return fused_specs(prefix, self.packed_modules_mapping, known)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """See vLLM. None for layers that are neither linear nor experts."""
+        """See vLLM. None for layers that are neither linear, nor embeddings, nor experts."""
+        from foem_vllm.plugin.filled import filled
         from foem_vllm.plugin.linear import FoemLinearMethod
 
         ask_for_amx()
         if isinstance(layer, compat.RoutedExperts):
             return self.experts_method(layer, prefix)
         head = isinstance(layer, compat.ParallelLMHead)
+        if not head and isinstance(layer, compat.VocabParallelEmbedding):
+            return filled(compat.UnquantizedEmbeddingMethod(), prefix)
         if not head and not isinstance(layer, compat.LinearBase):
             return None
         specs = self.specs_for(prefix)
         if head and self.modules is None and not self.format_config.lm_head:
             specs = {}
         if not any(specs.values()):
-            return None if head else compat.UnquantizedLinearMethod()
+            return filled(compat.UnquantizedEmbeddingMethod() if head else compat.UnquantizedLinearMethod(), prefix)
         return FoemLinearMethod(specs, self.format_config.zero_format, prefix)
 
     def experts_method(self, layer: torch.nn.Module, prefix: str):
