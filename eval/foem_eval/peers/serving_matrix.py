@@ -44,7 +44,8 @@ ENGINES = {  # name -> (LLM options, environment)
 
 
 def plan() -> list[dict]:
-    """[{"name", "model", "config"}]: the full product of width, symmetry, order and group, then what else a config can say."""
+    """[{"name", "model", "config"}]: the full product of width, symmetry, order, group and head, then what else a config can
+    say."""
     jobs = []
 
     def add(bits: int, sym: bool, group: int, order: bool = False, name: str = "", model: str = "model", **more) -> None:
@@ -56,11 +57,10 @@ def plan() -> list[dict]:
 
     for bits, sym, order, group in itertools.product((2, 3, 4, 8), (True, False), (False, True), (128, 32, -1)):
         add(bits, sym, group, order)
+        add(bits, sym, group, order, name="head", lm_head=True)
     for bits, sym in itertools.product((2, 3, 4, 8), (True, False)):
         add(bits, sym, 128, name="v2", format="gptq_v2")
-        add(bits, sym, 128, name="head", lm_head=True)
     add(4, False, 32, True, "v2", format="gptq_v2")
-    add(4, True, 32, True, "head", lm_head=True)
     add(4, False, -1, name="v2-head", format="gptq_v2", lm_head=True)
     for bits, sym, group in ((4, True, 128), (4, False, 32), (8, True, 32)):
         add(bits, sym, group, True, "static", static_groups=True)
