@@ -139,6 +139,8 @@ def plot_bits(rows: list[dict], key: str, label: str, path: pathlib.Path, origin
     if original is not None:
         axes.axhline(original, color="grey", linestyle="--", linewidth=1, label="original")
     axes.set(xlabel="bits per quantized weight, grid included", ylabel=label, yscale="log")
+    axes.yaxis.set_major_formatter("{x:.3g}")  # not in powers of ten: there is one such on the axis, or none
+    axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.grid(True, which="both", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
