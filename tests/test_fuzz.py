@@ -172,6 +172,15 @@ def edit_tensor(folder, r):
     change_tensors(folder, change)
 
 
+def lose_modules(folder, r):
+    """All tensors of some linears, as with a shard that is not there and an index that does not know of it."""
+    def change(tensors):
+        lost = r.sample(sorted({name.rpartition(".")[0] for name in tensors}), r.choice((1, 1, 2, 4)))
+        for name in [name for name in tensors if name.rpartition(".")[0] in lost]:
+            tensors.pop(name)
+    change_tensors(folder, change)
+
+
 def other_version(folder, r):
     """All zero points of all modules as the other checkpoint_format stores them; the config stays."""
     step = 1 if json.loads((folder / "config.json").read_text())["checkpoint_format"] == "gptq" else -1
@@ -199,7 +208,7 @@ def damage_index(folder, r):
 
 
 DAMAGES = [flip_data, flip_data, flip_header, cut, edit_header, edit_header, edit_config, edit_config, edit_config, edit_tensor,
-           edit_tensor, edit_tensor, other_version, damage_index]
+           edit_tensor, edit_tensor, lose_modules, other_version, damage_index]
 
 
 # The independent reader.
