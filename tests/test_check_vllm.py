@@ -75,5 +75,5 @@ def test_a_wheel_is_read_and_anything_else_refused_in_one_line(tmp_path, capsys)
     assert check_vllm.main([str(tmp_path / "vllm-9-py3-none-any.whl")]) == 1
     assert check_vllm.main([str(tmp_path / "empty")]) == 1
     wheel, empty = (part.splitlines() for part in capsys.readouterr().out.split("empty: "))
-    assert len(wheel) == 13 and all(line.startswith("vllm-9-py3-none-any.whl: compat.py imports ") for line in wheel)
+    assert len(wheel) == 14 and all(line.startswith("vllm-9-py3-none-any.whl: compat.py imports ") for line in wheel)
     assert len(empty) == 1 and "give a wheel" in empty[0]

@@ -264,3 +264,18 @@ def test_unquantized_layers_that_the_checkpoint_lacks_are_refused(single_rank, k
         assert torch.equal(layer(torch.tensor([3, 99])).float(), torch.ones(2, K))
     elif kind != "head":
         assert torch.equal(layer(torch.ones(2, K, dtype=torch.bfloat16))[0].float().unique(), torch.tensor([float(K)]))
+
+
+def test_embeddings_may_come_from_another_model_while_drafting(single_rank, monkeypatch):
+    """vLLM gives a model that drafts the other's embedding and head, but only when both are loaded."""
+    from types import SimpleNamespace
+
+    from foem_vllm.plugin import compat
+    engine = SimpleNamespace(speculative_config=object())
+    monkeypatch.setattr(compat, "get_current_vllm_config_or_none", lambda: engine, raising=False)
+    for kind in ("embedding", "head"):
+        layer, _ = plain_layer(kind)
+        layer.quant_method.process_weights_after_loading(layer)
+    layer, _ = plain_layer("row")
+    with pytest.raises(FoemError, match="was not loaded"):
+        layer.quant_method.process_weights_after_loading(layer)

@@ -21,6 +21,8 @@ CALLS = {  # what the plugin calls: positional arguments, keyword arguments
     "register_quantization_config": (1, ()),
     "get_safetensors_params_metadata": (1, ("revision",)),
     "UnquantizedLinearMethod": (0, ()),
+    "UnquantizedEmbeddingMethod": (0, ()),
+    "get_current_vllm_config_or_none": (0, ()),
     "UnquantizedFusedMoEMethod": (1, ()),
     "FusedMoEMethodBase": (1, ()),
     "WeightsMapper": (0, ()),
@@ -28,6 +30,7 @@ CALLS = {  # what the plugin calls: positional arguments, keyword arguments
 }
 LAYERS = {  # names under which the plugin's modules hold vLLM's objects: {module: {name: where its attributes are defined}}
     "linear.py": {"layer": ("LinearBase", "ParallelLMHead", "torch")},
+    "filled.py": {"layer": ("torch",)},
     "moe.py": {"layer": ("RoutedExperts", "torch"), "config": ("FusedMoEConfig",)},
     "config.py": {"layer": ("RoutedExperts", "torch")},
 }

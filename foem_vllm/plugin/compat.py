@@ -29,6 +29,7 @@ _LATER = {
     "FusedMoEMethodBase": "vllm.model_executor.layers.fused_moe",
     "UnquantizedFusedMoEMethod": "vllm.model_executor.layers.fused_moe",
     "WeightsMapper": "vllm.model_executor.models.utils",
+    "get_current_vllm_config_or_none": "vllm.config",
     "get_safetensors_params_metadata": "vllm.transformers_utils.config",
 }
 __all__ = ["QuantizationConfig", "VERSION", "hub_headers", "register_quantization_config", "share_log", *_LATER]

@@ -106,15 +106,19 @@ class FoemConfig(compat.QuantizationConfig):
         if isinstance(layer, compat.RoutedExperts):
             return self.experts_method(layer, prefix)
         head = isinstance(layer, compat.ParallelLMHead)
-        if not head and isinstance(layer, compat.VocabParallelEmbedding):
-            return filled(compat.UnquantizedEmbeddingMethod(), prefix)
-        if not head and not isinstance(layer, compat.LinearBase):
+        if not isinstance(layer, (compat.LinearBase, compat.VocabParallelEmbedding)):
             return None
         specs = self.specs_for(prefix)
         if head and self.modules is None and not self.format_config.lm_head:
             specs = {}
-        if not any(specs.values()):
-            return filled(compat.UnquantizedEmbeddingMethod() if head else compat.UnquantizedLinearMethod(), prefix)
+        if isinstance(layer, compat.LinearBase):
+            if not any(specs.values()):
+                return filled(compat.UnquantizedLinearMethod(), prefix)
+        elif not (head and any(specs.values())):
+            engine = compat.get_current_vllm_config_or_none()
+            # A model that drafts has no embedding and head of its own, but is given those of the other when both are loaded.
+            drafted = engine is not None and engine.speculative_config is not None
+            return None if drafted else filled(compat.UnquantizedEmbeddingMethod(), prefix)
         return FoemLinearMethod(specs, self.format_config.zero_format, prefix)
 
     def experts_method(self, layer: torch.nn.Module, prefix: str):
