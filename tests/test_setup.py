@@ -194,7 +194,7 @@ def test_a_torchvision_that_does_not_import_is_removed(empty_python, tmp_path, c
     (package / "torchvision").mkdir(parents=True)
     (package / "torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     (package / "setup.py").write_text("import setuptools\n"
-                                      "setuptools.setup(name='torchvision', version='1', packages=['torchvision'])\n")
+                                      "setuptools.setup(name='torchvision', version='0.1', packages=['torchvision'])\n")
     done = subprocess.run([empty_python, "-m", "pip", "install", "--quiet", package], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert setup_env.drop_broken_torchvision(empty_python)
