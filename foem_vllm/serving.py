@@ -67,9 +67,9 @@ def module_findings(module: str, headers: Headers, spec: QuantSpec) -> Iterator[
 
 
 def missing_layers(headers: Headers, modules: Mapping[str, QuantSpec], expected: int | None) -> list[Finding]:
-    """Of the decoder layers with quantized `modules`: numbers that no tensor has among `expected` ones, or before the last; and
-    the modules that are in all layers but one, where those others are alike and it has nothing that they have not. Names alone
-    cannot know more: there are models whose layers differ.
+    """Of the decoder layers with quantized `modules`: numbers that no tensor has before the last one, or, in the longest stack,
+    among `expected` ones; and the modules that are in all layers but one, where those others are alike and it has nothing that
+    they have not. Names alone cannot know more: there are models whose layers differ.
 
     >>> h = {f"model.layers.{i}.{m}.qweight": ("I32", (1, 1)) for i, m in ((0, "o"), (0, "q"), (2, "o"))}
     >>> for finding in missing_layers(h, {name[:-8]: None for name in h}, 4):
@@ -84,15 +84,18 @@ def missing_layers(headers: Headers, modules: Mapping[str, QuantSpec], expected:
             module = EXPERT_NUMBER.sub(".experts.", found["rest"]).rpartition(".")[0]
             stacks.setdefault(found["stack"], {}).setdefault(int(found["number"]), set()).add(module)
     findings = []
-    for stack in {found["stack"] for module in modules if (found := LAYER.match(f"{module}.qweight"))}:
+    quantized = sorted({found["stack"] for module in modules if (found := LAYER.match(f"{module}.qweight"))})
+    longest = max(quantized, key=lambda stack: len(stacks[stack]), default=None)  # others: layers that draft, towers
+    for stack in quantized:
         layers = stacks[stack]
-        absent = [i for i in range(max(expected or 0, max(layers) + 1)) if i not in layers]
-        findings += [Finding(f"{stack}.{i}", "has no tensors", AGAIN) for i in absent]
+        count = max(expected or 0, max(layers) + 1) if stack == longest else max(layers) + 1
+        findings += [Finding(f"{stack}.{i}", "has no tensors", AGAIN) for i in range(count) if i not in layers]
         kinds = Counter(map(frozenset, layers.values()))
         whole = max(kinds, key=lambda kind: (kinds[kind], len(kind)))
-        for number, names in layers.items():
-            if len(kinds) == 2 and kinds[whole] == len(layers) - 1 and names < whole:
-                findings += [Finding(f"{stack}.{number}.{name}", "is missing", AGAIN) for name in sorted(whole - names)]
+        if len(kinds) == 2 and kinds[whole] == len(layers) - 1:
+            number, names = next((number, names) for number, names in layers.items() if names != whole)
+            lacking = sorted(whole - names) if names < whole else ()
+            findings += [Finding(f"{stack}.{number}.{name}", "is missing", AGAIN) for name in lacking]
     return findings
 
 

@@ -299,6 +299,15 @@ def test_layers_that_the_checkpoint_lacks(made, lacks, said):
     assert [f"{p['tensor']} {p['problem']}" for p in found["problems"]] == said and not found["ours"]["served"]
 
 
+def test_a_layer_that_drafts_is_a_stack_of_its_own(made):
+    """As Qwen3-Next stores it: the config's number of layers is not that of `mtp.layers`."""
+    folder = made()
+    tensors = load_file(folder / "model.safetensors")
+    drafting = {name.replace("model.layers.0", "mtp.layers.0"): t.clone() for name, t in tensors.items() if "layers.0" in name}
+    save_file({**tensors, **drafting}, folder / "model.safetensors", {"format": "pt"})
+    assert examine(str(folder), device="cpu")["problems"] == []
+
+
 def test_experts_that_the_checkpoint_lacks(tmp_path):
     """How many there must be is said by the config."""
     folder = write_rtn_checkpoint(write_model(tmp_path / "source", "qwen3_moe"), tmp_path / "a", QuantSpec(4, 32))

@@ -161,16 +161,14 @@ class FoemLinearMethod(compat.LinearMethodBase):
         if (key == "weight") != (spec is None):
             raise FoemError(
                 f"{arrived.name}.{key} is in the checkpoint, but its config makes the module "
-                f"{'unquantized' if spec is None else f'{spec.bits}-bit'}; config.json belongs to other weights: "
-                "download both again"
+                f"{'unquantized' if spec is None else f'{spec.bits}-bit'}; config.json belongs to other weights: download both again"
             )
         if spec is not None:
             taken = take(key, loaded, spec, share, arrived.name, self.checkpoint_format)
         elif tuple(loaded.shape) != (share.n, share.k):
             raise FoemError(
                 f"{arrived.name}.weight is {list(loaded.shape)} in the checkpoint, but the model's config.json makes it "
-                f"{[share.n, share.k]}; config.json and weights are of different models: "
-                "download both again"
+                f"{[share.n, share.k]}; config.json and weights are of different models: download both again"
             )
         else:
             taken = loaded[share.outputs, slice(*share.inputs)].to(self.dtype)
