@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import http.server
-import itertools
 import json
 import pathlib
 import threading
@@ -15,12 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_model
 from typer.testing import CliRunner
 
-from foem_vllm import stock
 from foem_vllm.cli import app
 from foem_vllm.doctor import NotACheckpoint, examine, number
 from foem_vllm.errors import FoemError
-from foem_vllm.format import FormatConfig, QuantSpec, read_config, unpack
-from foem_vllm.layers import Layer, Product
+from foem_vllm.format import QuantSpec, read_config, unpack
 
 
 @pytest.fixture
@@ -118,56 +115,6 @@ def test_heads_that_ranks_cannot_share(made, config, ranks, said):
     write_config(folder, {**json.loads((folder / "config.json").read_text()), **config})
     found = [p["problem"] for p in examine(str(folder), ranks, "cpu")["problems"] if p["tensor"] == "config.json"]
     assert found == [] if said is None else said in found[0]
-
-
-@pytest.mark.parametrize("bits,sym,group,order,dynamic", [
-    *itertools.product((2, 3, 4, 8), (True, False), (-1, 64), (False, True), (None,)),
-    (4, True, 64, False, {"+:.*q_proj": {"bits": 3}}), (4, True, 64, False, {"-:.*q_proj": {}}),
-    (4, True, 64, False, {".*q_proj": {"desc_act": True}}), (4, True, -1, True, {".*q_proj": {"group_size": 32}}),
-])
-def test_stock_rules_of_configs_are_vllms(bits, sym, group, order, dynamic):
-    gptq = pytest.importorskip("vllm.model_executor.layers.quantization.auto_gptq")
-    raw = {"quant_method": "gptq", "bits": bits, "sym": sym, "group_size": group, "desc_act": order, "dynamic": dynamic}
-
-    def refused() -> bool:
-        try:
-            config = gptq.AutoGPTQConfig.from_config(raw)
-            for rule in dynamic or {}:
-                if not rule.startswith("-:"):
-                    gptq.override_config(config, "model.layers.0.self_attn.q_proj")
-        except ValueError:
-            return True
-        return False
-    assert bool(list(stock.config_refusals(raw))) == refused()
-
-
-def test_stock_needs_keys_that_old_configs_lack():
-    assert list(stock.config_refusals({"bits": 4, "group_size": 128})) == ["the config has no desc_act and no sym"]
-
-
-@pytest.mark.parametrize("bits,group", [*itertools.product((4, 8), (-1, 16, 32, 64, 128, 48))])
-def test_stock_rules_of_shapes_are_vllms(bits, group):
-    """Against the two places where vLLM's linear method refuses: its check of the width, and the choice of a kernel."""
-    pytest.importorskip("vllm")
-    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import verify_marlin_supported
-    from vllm.scalar_type import scalar_types
-    kind = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
-    spec = QuantSpec(bits, group)
-    config = FormatConfig(spec)
-    for k, n in itertools.product((128, 192, 144, 96), (64, 100, 96)):
-        if group > 0 and k % group:
-            continue  # refused by the loader, not by a rule
-        try:
-            verify_marlin_supported(kind, group)
-            choose_mp_linear_kernel(MPLinearLayerConfig((k, n), (k, n), kind, torch.bfloat16, group, False))
-            refused = False
-        except ValueError:
-            refused = True
-        problem = foem_kernels.Problem(n, k, bits, k, True, torch.bfloat16, "cpu")
-        name = "model.layers.0.mlp.down_proj"
-        layer = Layer(name, {name: spec}, n, k, n, (Product(spec, n, problem),))
-        assert bool(stock.refusals(config.to_json(), config, [layer], "cpu")) == refused, (k, n)
 
 
 @pytest.mark.parametrize("options,device,said", [

@@ -177,9 +177,12 @@ def test_a_process_group_is_gone_afterwards_even_a_grandchild_that_ignores_sigte
     log = tmp_path / "log"
     pids = []
     with pytest.raises(KeyboardInterrupt), processes.group([sys.executable, "-c", parent], log):
+        deadline = time.monotonic() + 30
         while not pids:
+            assert time.monotonic() < deadline, "the grandchild never said its number"
             time.sleep(0.05)
             pids = [int(line) for line in log.read_text().splitlines() if line.isdigit()]
+        assert running(pids[0]), "it sleeps for a minute: nothing but the group's end can have ended it"
         raise KeyboardInterrupt
     pid, = pids
     time.sleep(0.2)

@@ -161,7 +161,8 @@ class FoemLinearMethod(compat.LinearMethodBase):
         if (key == "weight") != (spec is None):
             raise FoemError(
                 f"{arrived.name}.{key} is in the checkpoint, but its config makes the module "
-                f"{'unquantized' if spec is None else f'{spec.bits}-bit'}; config.json belongs to other weights: download both again"
+                f"{'unquantized' if spec is None else f'{spec.bits}-bit'}; config.json belongs to other weights: download "
+                "both again"
             )
         if spec is not None:
             taken = take(key, loaded, spec, share, arrived.name, self.checkpoint_format)
