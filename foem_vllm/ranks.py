@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 
 from foem_vllm.bits import slice_bits, unpack_bits
-from foem_vllm.format import check_convention, check_g_idx, check_scales, check_shape, stored_zeros, zero_points
+from foem_vllm.format import check_g_idx, check_scales, check_shape
 from foem_vllm.serving import kernel_groups
 from foem_vllm.spec import Quantized, QuantSpec, group_index
+from foem_vllm.zeros import check_convention, stored_zeros, zero_points
 
 
 class Share(NamedTuple):

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 
 from foem_vllm import calibration
 from foem_vllm.errors import FoemError
-from foem_vllm.format import CHECKPOINT_FORMATS, QuantSpec
 from foem_vllm.grid import GRIDS
 from foem_vllm.solver import SolverConfig
+from foem_vllm.spec import QuantSpec
+from foem_vllm.zeros import CHECKPOINT_FORMATS
 
 # The papers' methods, name -> default (alpha, beta). RTN is the same grid without the loop.
 METHODS = {"rtn": None, "gptq": (0.0, 0.0), "gptaq": (0.25, 0.0), "foem": (0.0, 0.2), "foem+gptaq": (0.25, 0.2)}

@@ -15,12 +15,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = {"foem_vllm": ROOT / "foem_vllm", "foem_kernels": ROOT / "kernels/foem_kernels", "foem_eval": ROOT / "eval/foem_eval"}
 
 # Inside foem_vllm a module imports only modules that stand before it; what a checkpoint's reader needs comes first.
-ORDER = ["errors", "command", "bits", "spec", "integrity", "format", "serving", "ranks", "expert_parts", "layers", "budget",
-         "stock", "grid", "descent", "solver", "distributed", "memory", "clock", "store", "fp8", "stream", "capture", "experts",
-         "selection", "calibration", "recipe", "models", "plan", "report", "html_charts", "html_report", "model_card",
+ORDER = ["errors", "command", "bits", "spec", "integrity", "zeros", "format", "serving", "ranks", "expert_parts", "layers",
+         "budget", "stock", "grid", "descent", "solver", "distributed", "memory", "clock", "store", "fp8", "stream", "capture",
+         "experts", "selection", "calibration", "recipe", "models", "plan", "report", "html_charts", "html_report", "model_card",
          "checkpoint", "hub", "writer", "rows", "block", "endtoend", "job", "sensitivity", "head", "redo", "pipeline",
          "preflight", "doctor", "doctor_report", "analysis_report", "analyze", "cli_options", "cli_measure", "cli", "__main__"]
-PURE = {"format": {"errors", "bits", "spec"}, "grid": {"errors", "format"}, "descent": {"format"},
+PURE = {"zeros": {"errors", "bits", "spec"}, "format": {"errors", "bits", "spec", "zeros"},
+        "grid": {"errors", "format"}, "descent": {"format"},
         "solver": {"errors", "format", "grid", "descent"}}
 QUANTIZING = {"foem_eval.compare"}  # evaluation that quantizes; the rest reads checkpoints
 KERNELS_OF = {("grid", "foem_kernels.grid"), ("solver", "foem_kernels.solver"), ("descent", "foem_kernels.descent"),
@@ -29,7 +30,7 @@ KERNELS_OF = {("grid", "foem_kernels.grid"), ("solver", "foem_kernels.solver"), 
               ("doctor", "foem_kernels.moe"), ("doctor", "foem_kernels.registry")}
 STARTS_VLLM = {"foem_eval.peers.vllm_offline"}  # always a process of its own
 PLUGIN_MAY = {"foem_vllm", "foem_kernels", *(f"foem_vllm.{name}" for name in (
-    "format", "integrity", "errors", "plugin", "serving", "ranks", "spec", "expert_parts"))}
+    "format", "integrity", "errors", "plugin", "serving", "ranks", "spec", "zeros", "expert_parts"))}
 
 
 def load(path: pathlib.Path):

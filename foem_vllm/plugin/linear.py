@@ -18,10 +18,11 @@ import foem_kernels
 import torch
 
 from foem_vllm.errors import FoemError
-from foem_vllm.format import TENSORS, symmetric_format
+from foem_vllm.format import TENSORS
 from foem_vllm.plugin import compat
 from foem_vllm.ranks import Share, assemble, joined, regroup, take
 from foem_vllm.spec import Quantized, QuantSpec
+from foem_vllm.zeros import symmetric_format
 
 logger = logging.getLogger("foem_vllm")
 
