@@ -104,7 +104,7 @@ def factor(H: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, tuple[
                     () if tried == damping else (f"damping raised from {damping:g} to {tried:g}: H was not positive definite",)
                 )
                 return U, tried, notes
-        tried = max(min(10 * tried, MAX_DAMPING), 1e-4) if tried < MAX_DAMPING else 2 * MAX_DAMPING
+        tried = math.inf if tried == MAX_DAMPING else min(max(10 * tried, 1e-4), MAX_DAMPING)
     U = (diagonal + damping * unit).clamp(min=torch.finfo(H.dtype).tiny).rsqrt().diag()
     return U, damping, ("H could not be factored at any damping up to 1: its diagonal was used alone",)
 
