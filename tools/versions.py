@@ -22,7 +22,8 @@ from foem_eval.provenance import provenance
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GPU_RELEASE = "0.33.0"
 TESTS = tuple(f"tests/test_{name}.py" for name in (
-    "check_vllm", "plugin", "plugin_linear", "plugin_moe", "parallel", "bad_input", "serving", "serving_api"))
+    "check_vllm", "stock", "plugin", "plugin_linear", "plugin_moe", "parallel", "parallel_experts", "more_served", "vision",
+    "bad_input", "fuzz", "fuzz_experts", "serving", "serving_api"))
 
 
 def python_of(release: str) -> pathlib.Path:
