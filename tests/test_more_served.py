@@ -33,6 +33,8 @@ LACKING = {  # name: tensors that are not there, the layer that vLLM makes of th
     "no layer": ("model.layers.1.", "model.layers.1."),
     "no embedding": ("model.embed_tokens.", "VocabParallelEmbedding.weight"),
 }
+NO_NORM = "model.layers.1.input_layernorm.weight"
+STRICT = {"model_loader_extra_config": {"enable_weights_track": True}}  # vLLM's own look for weights that were not loaded
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def texts() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
+def folders(texts, tmp_path_factory) -> dict[str, pathlib.Path]:
     root = tmp_path_factory.mktemp("more")
     for name, (arch, sizes, options) in CASES.items():
         source = write_model(root / f"{name} model", arch, **sizes)
@@ -50,22 +52,25 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
         )
         quantize(source, root / name, config)
     source = write_model(root / "lacking model", "llama", **WIDE)
-    for name, (prefix, _) in LACKING.items():
+    for name, prefix in {**{name: prefix for name, (prefix, _) in LACKING.items()}, "no norm": NO_NORM}.items():
         path = write_rtn_checkpoint(source, root / name, QuantSpec(4, 32)) / "model.safetensors"
         save_file({n: t for n, t in load_file(path).items() if not n.startswith(prefix)}, path, {"format": "pt"})
-    return {name: root / name for name in (*CASES, *LACKING)}
+    save_file({"texts": texts}, root / "tokens.safetensors")
+    return {name: root / name for name in (*CASES, *LACKING, "no norm")}
+
+
+def serve(root: pathlib.Path, out: pathlib.Path, names: list[str], **options) -> dict[str, dict]:
+    """{checkpoint in `root`: what one vLLM process says of it, see SERVER}."""
+    asked = json.dumps({"quantization": "foem", "dtype": "float32", **options})
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run([sys.executable, str(SERVER), str(root), str(out), asked, *names], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in names}
 
 
 @pytest.fixture(scope="module")
-def answers(folders, texts, tmp_path_factory) -> dict[str, dict]:
-    """One vLLM process for all of them."""
-    root, out = next(iter(folders.values())).parent, tmp_path_factory.mktemp("answers")
-    save_file({"texts": texts}, root / "tokens.safetensors")
-    options = json.dumps({"quantization": "foem", "dtype": "float32"})
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run([sys.executable, str(SERVER), str(root), str(out), options, *folders], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return {name: json.loads((out / f"{name}.json").read_text()) for name in folders}
+def answers(folders, tmp_path_factory) -> dict[str, dict]:
+    return serve(folders["no norm"].parent, tmp_path_factory.mktemp("answers"), [*CASES, *LACKING])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,3 +86,10 @@ def test_served_as_transformers_computes_it(name, folders, texts, answers):
 def test_what_the_checkpoint_lacks_is_refused_by_name(name, answers):
     """vLLM itself looks for missing weights only in models without quantization, and would serve what the memory held."""
     assert "was not loaded" in answers[name]["refused"] and LACKING[name][1] in answers[name]["refused"], answers[name]
+
+
+def test_vllm_looks_for_every_weight_when_asked(folders, answers, tmp_path):
+    """README's way to have norms looked for: it knows our tensors, those of a quantized head too, and finds the one missing."""
+    found = serve(folders["no norm"].parent, tmp_path, ["tied head", "untied head", "no norm"], **STRICT)
+    assert found["tied head"] == answers["tied head"] and found["untied head"] == answers["untied head"]
+    assert NO_NORM in found["no norm"]["refused"], found["no norm"]
