@@ -52,7 +52,7 @@ def folders(texts, tmp_path_factory) -> dict[str, pathlib.Path]:
         )
         quantize(source, root / name, config)
     source = write_model(root / "lacking model", "llama", **WIDE)
-    for name, prefix in {**{name: prefix for name, (prefix, _) in LACKING.items()}, "no norm": NO_NORM}.items():
+    for name, (prefix, _) in (*LACKING.items(), ("no norm", (NO_NORM, NO_NORM))):
         path = write_rtn_checkpoint(source, root / name, QuantSpec(4, 32)) / "model.safetensors"
         save_file({n: t for n, t in load_file(path).items() if not n.startswith(prefix)}, path, {"format": "pt"})
     save_file({"texts": texts}, root / "tokens.safetensors")
