@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from foem_vllm.format import FormatConfig, Quantized, QuantSpec, dequantize, pack
 from foem_vllm.integrity import file_digest
 
-LINEARS = ("_proj", ".w1", ".w2", ".w3", ".query_key_value", ".dense", ".dense_h_to_4h", ".dense_4h_to_h")  # ends of their names
+LINEARS = (  # ends of their names
+    "_proj", "_proj_with_mqa", ".w1", ".w2", ".w3", ".query_key_value", ".dense", ".dense_h_to_4h", ".dense_4h_to_h",
+)  # fmt: skip
 
 
 def rtn(w: torch.Tensor, spec: QuantSpec, smallest_zero: int = 1, order: int = 0) -> Quantized:
@@ -86,3 +88,9 @@ def edit_config(folder: pathlib.Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["quantization_config"].update(changes)
     write_config(folder, config)
+
+
+def drop(folder: pathlib.Path, *names: str) -> None:
+    """Remove tensors from the only file of `folder`."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if name not in names}, folder / "model.safetensors", {"format": "pt"})

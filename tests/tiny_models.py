@@ -76,12 +76,41 @@ CONFIGS = {
         ),
     ),
 }
+CONFIGS |= {  # of linears that vLLM fuses without its model classes saying so, or otherwise than they say
+    "glm4": ("Glm4Config", {**COMMON, "head_dim": 32}),
+    "stablelm": ("StableLmConfig", COMMON),
+    "gptj": (
+        "GPTJConfig",
+        dict(vocab_size=4096, n_embd=128, n_layer=2, n_head=4, n_positions=128, rotary_dim=32, bos_token_id=0, eos_token_id=0),
+    ),
+}
 MOE_CONFIGS = {  # of fused experts: their linears are no modules of transformers' model
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {**COMMON, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
     "mixtral": ("MixtralConfig", {**COMMON, "head_dim": 32, "num_local_experts": 4, "sliding_window": None}),
+    "deepseek_v2": (  # latent attention, in the sizes of vLLM's kernel for CPUs; a dense layer first, then shared experts too
+        "DeepseekV2Config",
+        {
+            **COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 128,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+        },
+    ),
 }
 
 OTHER_CONFIGS = {  # of linears that are no nn.Linear of transformers' model

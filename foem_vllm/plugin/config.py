@@ -13,15 +13,14 @@ import pathlib
 import torch
 
 from foem_vllm.expert_parts import expert_specs
-from foem_vllm.format import FormatConfig
+from foem_vllm.format import METHODS, FormatConfig, first_of, method_of
 from foem_vllm.integrity import read_headers, verify_files
+from foem_vllm.layers import FUSED
 from foem_vllm.plugin import compat
 from foem_vllm.serving import fused_specs, quantized_modules
 from foem_vllm.spec import QuantSpec
 
 logger = logging.getLogger("foem_vllm")
-
-QUANT_METHODS = ("gptq", "foem")
 
 
 class FoemConfig(compat.QuantizationConfig):
@@ -60,9 +59,12 @@ class FoemConfig(compat.QuantizationConfig):
     def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None, **kwargs) -> str | None:
         """Claim a GPTQ checkpoint when the user asks for foem, or when foem wrote it and the user asks for nothing.
 
-        vLLM asks this for every quantized checkpoint, ours or not, so nothing may raise.
+        vLLM asks this for every quantized checkpoint, ours or not, so nothing may raise. Where a config names no method, vLLM
+        makes it "".
         """
-        if not isinstance(hf_quant_cfg, dict) or str(hf_quant_cfg.get("quant_method", "")).lower() not in QUANT_METHODS:
+        if not isinstance(hf_quant_cfg, dict) or method_of(hf_quant_cfg) not in METHODS:
+            return None
+        if not hf_quant_cfg.get("quant_method") and first_of(hf_quant_cfg, "bits") is None:
             return None
         meta = hf_quant_cfg.get("meta")
         ours = isinstance(meta, dict) and "foem" in meta
@@ -93,9 +95,16 @@ class FoemConfig(compat.QuantizationConfig):
             self.modules = {name.removesuffix(".qweight"): spec for name, spec in mapped.items()}
 
     def specs_for(self, prefix: str) -> dict[str, QuantSpec | None]:
-        """{checkpoint module: its spec} of what is fused into vLLM's module `prefix`; None when unquantized."""
-        known = self.format_config.spec_for if self.modules is None else self.modules.get
-        return fused_specs(prefix, self.packed_modules_mapping, known)
+        """{checkpoint module: its spec} of what is fused into vLLM's module `prefix`; None when unquantized.
+
+        What is stored counts, not what the model class says: there are classes that say nothing of what they fuse (StableLM),
+        and some that speak of modules which their checkpoints have fused already (GLM-4).
+        """
+        if self.modules is None:
+            return fused_specs(prefix, self.packed_modules_mapping, self.format_config.spec_for)
+        said = fused_specs(prefix, self.packed_modules_mapping, self.modules.get)
+        stored = (fused_specs(prefix, packed, self.modules.get) for packed in ({}, self.packed_modules_mapping, FUSED))
+        return next((specs for specs in stored if any(specs.values())), said)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """See vLLM. None for layers that are neither linear, nor embeddings, nor experts."""
