@@ -31,9 +31,9 @@ from foem_vllm.zeros import CHECKPOINT_FORMATS, EARLIER_GPTQMODEL, GPTQMODEL, SI
 
 PLANAR = "gptq_p"  # GPTQModel's layout in planes of bits; widths that divide a word have one plane, and are stored as version 2
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+METHODS = ("gptq", "foem")
 CONFIG_FILES = ("config.json", "quantize_config.json")
 KEYS = {  # config keys with the names that older writers gave them
-    "quant_method": ("quant_method", "method"),
     "checkpoint_format": ("checkpoint_format", "format"),
     "bits": ("bits", "wbits", "w_bit"),
     "group_size": ("group_size", "groupsize", "q_group_size"),
@@ -177,29 +177,31 @@ class FormatConfig:
         """The spec of the module called `module`, or None when a `dynamic` rule ("-:regex") excludes it.
 
         Rules are tried in order and the first match counts, as in GPTQModel: "-:regex" excludes, "+:regex" or a bare
-        regex overrides bits, group_size, sym and desc_act. Regexes match from the beginning of the name. Raises FoemError
-        when a rule sets impossible values.
+        regex overrides bits, group_size, sym and desc_act. Regexes match from the beginning of the name. The only group of a
+        module has no order. Raises FoemError when a rule sets impossible values.
         """
+        spec = self.spec
         for rule, override in (self.dynamic or {}).items():
             if rule.startswith("-:"):
                 if re.match(rule[2:], module):
                     return None
             elif re.match(rule.removeprefix("+:"), module):
                 given = {key: value for key, value in override.items() if value is not None}
-                order = self.spec.act_order
+                order = spec.act_order
                 if "desc_act" in given:
                     order = "full" if given["desc_act"] else "none"
                 try:
-                    return replace(
-                        self.spec,
-                        bits=given.get("bits", self.spec.bits),
-                        group_size=given.get("group_size", self.spec.group_size),
-                        symmetric=given.get("sym", self.spec.symmetric),
+                    spec = replace(
+                        spec,
+                        bits=given.get("bits", spec.bits),
+                        group_size=given.get("group_size", spec.group_size),
+                        symmetric=given.get("sym", spec.symmetric),
                         act_order=order,
                     )
                 except FoemError as error:
                     raise FoemError(f"`dynamic` rule {rule!r}: {error}") from None
-        return self.spec
+                break
+        return replace(spec, act_order="none") if spec.group_size == -1 else spec
 
     def to_json(self) -> dict:
         """The `quantization_config` dictionary of config.json (GPTQModel's keys)."""
@@ -230,8 +232,8 @@ class FormatConfig:
         """
         if not isinstance(config, dict):
             raise FoemError(f"{where}: the quantization config is {type(config).__name__}, not an object; the file is damaged")
-        method = str(first_of(config, "quant_method", "gptq")).lower()
-        if method not in ("gptq", "foem"):
+        method = method_of(config)
+        if method not in METHODS:
             raise FoemError(
                 f"{where}: quant_method is {method!r}, not 'gptq'; this checkpoint is of another kind, serve it without "
                 "--quantization foem"
@@ -251,7 +253,7 @@ class FormatConfig:
         check_values(values, where)
         if values["bits"] is None:
             raise FoemError(f"{where}: there is no `bits` (nor `wbits`); the config is incomplete")
-        desc_act = bool(config.get("desc_act")) and values["group_size"] != -1
+        desc_act = bool(config.get("desc_act"))
         order = "static" if config.get("static_groups") else "full" if desc_act else "none"
         try:
             spec = QuantSpec(values["bits"], values["group_size"], bool(config.get("sym", False)), order)
@@ -259,6 +261,11 @@ class FormatConfig:
             raise FoemError(f"{where}: {error}") from None
         check_rules(config.get("dynamic"), where)
         return cls(spec, checkpoint_format, bool(config.get("lm_head")), config.get("dynamic") or None, config.get("meta"))
+
+
+def method_of(config: dict) -> str:
+    """The quantization method that a config names, in small letters; older writers named none, or called the key `method`."""
+    return str(config.get("quant_method") or config.get("method") or "gptq").lower()
 
 
 def widths(config: dict) -> list:

@@ -172,7 +172,7 @@ WRITERS = {  # what each writes beside the keys that matter, shortened; the valu
                       "model_name_or_path": None, "model_file_base_name": "gptq_model-4bit-128g"},
                      QuantSpec(4, 128, True, "full")),
     "AutoGPTQ 0.7": ({"bits": 3, "group_size": -1, "desc_act": True, "static_groups": False, "sym": False, "quant_method": "gptq",
-                      "checkpoint_format": "gptq", "is_marlin_format": False}, QuantSpec(3, -1, False)),
+                      "checkpoint_format": "gptq", "is_marlin_format": False}, QuantSpec(3, -1, False, "full")),
     "static groups": ({"bits": 4, "group_size": 64, "desc_act": True, "static_groups": True, "sym": True},
                       QuantSpec(4, 64, True, "static")),
     "Optimum": ({"batch_size": 1, "bits": 4, "block_name_to_quantize": "model.decoder.layers", "cache_block_outputs": True,
@@ -209,6 +209,9 @@ def test_dynamic_rules():
     assert config.spec_for("layers.0.mlp.down_proj") == QuantSpec(8, 32)
     assert config.spec_for("layers.0.mlp.up_proj") == QuantSpec(symmetric=False)
     assert config.spec_for("layers.0.self_attn.q_proj") == QuantSpec()
+    ordered = {"bits": 4, "sym": True, "group_size": -1, "desc_act": True, "dynamic": {".*down": {"group_size": 32}}}
+    assert FormatConfig.from_json(ordered).spec_for("layers.0.mlp.down_proj") == QuantSpec(4, 32, True, "full")
+    assert FormatConfig.from_json(ordered).spec_for("layers.0.mlp.up_proj") == QuantSpec(4, -1)  # one group: nothing to order
     with pytest.raises(FoemError, match="rule 'q': bits=16"):
         FormatConfig(QuantSpec(), dynamic={"q": {"bits": 16}}).spec_for("q_proj")
 

@@ -46,7 +46,10 @@ def load(folder) -> FoemConfig:
     ({"meta": {"foem": {}}}, None, True), ({"meta": {"foem": {}}}, "foem", True),
     ({"meta": {"foem": {}}}, "gptq", False), ({"meta": {"foem": {}}}, "auto_gptq", False),
     ({"quant_method": "foem"}, "foem", True), ({"quant_method": "awq"}, "foem", False),
-    ({"quant_method": "awq", "meta": {"foem": {}}}, None, False), ({"quant_method": None}, "foem", False),
+    ({"quant_method": "awq", "meta": {"foem": {}}}, None, False),
+    ({"quant_method": ""}, "foem", True), ({"quant_method": ""}, None, False), ({"quant_method": ""}, "gptq", False),
+    ({"quant_method": "", "method": "gptq"}, "foem", True), ({"quant_method": "", "method": "awq"}, "foem", False),
+    ({"quant_method": "", "bits": None}, "foem", False),
     ({"meta": None}, None, False), ({"meta": "foem"}, None, False), ({"meta": ["foem"]}, None, False),
 ])
 def test_claims_only_what_is_ours(change, user, claimed):
