@@ -3,12 +3,13 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from checkpoints import write_rtn_checkpoint
+from checkpoints import edit_config, write_rtn_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import CALIBRATION, write_model
 
@@ -24,6 +25,8 @@ CASES = {  # name: architecture, its sizes, what is asked of the quantizer
     "tied head": ("qwen3", {**WIDE, "head_dim": 32}, {"lm_head": True}),
     "untied head": ("llama", WIDE, {"lm_head": True}),
     "renamed head": ("gpt_neox", WIDE, {"lm_head": True}),
+    "fused on disk otherwise": ("glm4", WIDE, {}),
+    "fused unsaid": ("stablelm", WIDE, {"lm_head": True}),
     "conv1d": ("gpt2", {}, {"lm_head": True}),
     "conv1d in parts": ("gpt2", {}, {"exclude": ["h.0.mlp", "h.1.attn"]}),
 }
@@ -32,7 +35,10 @@ LACKING = {  # name: tensors that are not there, the layer that vLLM makes of th
     "no o_proj": ("model.layers.1.self_attn.o_proj.", "model.layers.1.self_attn.o_proj.weight"),
     "no layer": ("model.layers.1.", "model.layers.1."),
     "no embedding": ("model.embed_tokens.", "VocabParallelEmbedding.weight"),
+    "no bias": ("model.layers.1.self_attn.k_proj.bias", "model.layers.1.self_attn.qkv_proj.bias"),
 }
+UNNAMED = "fused unsaid, unnamed"  # the same again, its config without quant_method and with biases of zero that nobody has
+BIASED = "bias unsaid"
 NO_NORM = "model.layers.1.input_layernorm.weight"
 STRICT = {"model_loader_extra_config": {"enable_weights_track": True}}  # vLLM's own look for weights that were not loaded
 
@@ -51,12 +57,18 @@ def folders(texts, tmp_path_factory) -> dict[str, pathlib.Path]:
             preset="fast", group_size=32, calibration=str(CALIBRATION), samples=8, seq_len=64, device="cpu", **options
         )
         quantize(source, root / name, config)
-    source = write_model(root / "lacking model", "llama", **WIDE)
+    source = write_model(root / "lacking model", "llama", attention_bias=True, **WIDE)
     for name, (prefix, _) in (*LACKING.items(), ("no norm", (NO_NORM, NO_NORM))):
         path = write_rtn_checkpoint(source, root / name, QuantSpec(4, 32)) / "model.safetensors"
         save_file({n: t for n, t in load_file(path).items() if not n.startswith(prefix)}, path, {"format": "pt"})
+    for name, copied, value in ((UNNAMED, "fused unsaid", 0), (BIASED, "untied head", 1)):
+        shutil.copytree(root / copied, root / name)
+        tensors = load_file(root / name / "model.safetensors")
+        tensors["model.layers.1.self_attn.o_proj.bias"] = torch.full((128,), float(value))
+        save_file(tensors, root / name / "model.safetensors", {"format": "pt"})
+        edit_config(root / name, meta={}, **({"quant_method": ""} if name == UNNAMED else {}))
     save_file({"texts": texts}, root / "tokens.safetensors")
-    return {name: root / name for name in (*CASES, *LACKING, "no norm")}
+    return {name: root / name for name in (*CASES, *LACKING, "no norm", UNNAMED, BIASED)}
 
 
 def serve(root: pathlib.Path, out: pathlib.Path, names: list[str], **options) -> dict[str, dict]:
@@ -70,7 +82,7 @@ def serve(root: pathlib.Path, out: pathlib.Path, names: list[str], **options) ->
 
 @pytest.fixture(scope="module")
 def answers(folders, tmp_path_factory) -> dict[str, dict]:
-    return serve(folders["no norm"].parent, tmp_path_factory.mktemp("answers"), [*CASES, *LACKING])
+    return serve(folders["no norm"].parent, tmp_path_factory.mktemp("answers"), [*CASES, *LACKING, UNNAMED, BIASED])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,6 +98,12 @@ def test_served_as_transformers_computes_it(name, folders, texts, answers):
 def test_what_the_checkpoint_lacks_is_refused_by_name(name, answers):
     """vLLM itself looks for missing weights only in models without quantization, and would serve what the memory held."""
     assert "was not loaded" in answers[name]["refused"] and LACKING[name][1] in answers[name]["refused"], answers[name]
+
+
+def test_what_vllm_itself_would_refuse_or_pass_over(answers):
+    assert answers[UNNAMED] == answers["fused unsaid"]
+    said = "model.layers.1.self_attn.o_proj.bias is in the checkpoint, but the model's config.json makes the layer one without"
+    assert said in answers[BIASED]["refused"], answers[BIASED]
 
 
 def test_vllm_looks_for_every_weight_when_asked(folders, answers, tmp_path):

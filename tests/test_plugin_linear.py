@@ -31,15 +31,15 @@ def single_rank():
         cleanup_dist_env_and_memory()
 
 
-def empty_layer(specs, checkpoint_format="gptq"):
+def empty_layer(specs, checkpoint_format="gptq", bias=True):
     """A gate_up_proj of 2 x N outputs and K inputs, made by vLLM."""
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
     config = FoemConfig(FormatConfig(QuantSpec(), checkpoint_format))
     config.modules = {f"mlp.{name}": spec for name, spec in zip(FUSED["gate_up_proj"], specs) if spec}
     config.packed_modules_mapping = FUSED
-    layer = MergedColumnParallelLinear(K, [N, N], bias=True, params_dtype=torch.bfloat16, quant_config=config,
+    layer = MergedColumnParallelLinear(K, [N, N], bias=bias, params_dtype=torch.bfloat16, quant_config=config,
                                        prefix="mlp.gate_up_proj")
-    assert isinstance(layer.quant_method, FoemLinearMethod)
+    assert isinstance(layer.quant_method, FoemLinearMethod) == any(specs)
     return layer
 
 
@@ -205,6 +205,7 @@ def test_loading_a_second_time_is_refused(single_rank):
     for shard in range(2):
         for key, tensor in tensors.items():
             getattr(layer, key).weight_loader(getattr(layer, key), tensor, shard)
+        layer.bias.weight_loader(layer.bias, torch.ones(N), shard)
     layer.quant_method.process_weights_after_loading(layer)
     layerwise.initialize_layerwise_reload(layer)
     with pytest.raises(FoemError, match=r"mlp.gate_up_proj.qweight: .* sleep level 2\); start the server again"):
@@ -264,6 +265,36 @@ def test_unquantized_layers_that_the_checkpoint_lacks_are_refused(single_rank, k
         assert torch.equal(layer(torch.tensor([3, 99])).float(), torch.ones(2, K))
     elif kind != "head":
         assert torch.equal(layer(torch.ones(2, K, dtype=torch.bfloat16))[0].float().unique(), torch.tensor([float(K)]))
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 32), None], ids=str)
+@pytest.mark.parametrize("has,stored,said", [
+    (True, (1.0, 0.0), None), (True, (1.0,), "gate_up_proj.bias was not loaded, or only a part of it.*download or quantize"),
+    (True, (), "gate_up_proj.bias was not loaded"), (False, (), None), (False, (0.0, 0.0), None),
+    (False, (0.0, 1.0), "gate_up_proj.bias is in the checkpoint, but the model's config.json makes the layer one without bias"),
+])
+def test_biases_are_those_of_the_checkpoint(single_rank, spec, has, stored, said):
+    """vLLM leaves one that is missing as its memory was, and passes over one that the model has not."""
+    layer = empty_layer([spec] * 2, bias=has)
+
+    def load():
+        for shard in range(2):
+            for key, tensor in shard_tensors(spec, shard)[0].items():
+                getattr(layer, key).weight_loader(getattr(layer, key), tensor, shard)
+        for shard, value in enumerate(stored):
+            layer.bias.weight_loader(layer.bias, torch.full((N,), value), shard)
+        layer.quant_method.process_weights_after_loading(layer)
+    if said:
+        with pytest.raises(FoemError, match=said):
+            load()
+        return
+    load()
+    x = torch.ones(1, K, dtype=torch.bfloat16)
+    assert "register_parameter" not in vars(layer) and dict(layer.named_parameters()).get("bias", layer.bias) is layer.bias
+    expected = layer(x)[0] - (layer.bias if has else 0)
+    assert layer.bias is None or torch.equal(layer.bias.float(), torch.tensor(stored).repeat_interleave(N))
+    exact = (x.float() @ torch.cat([shard_tensors(spec, shard)[1] for shard in range(2)]).T)
+    assert (expected.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_embeddings_may_come_from_another_model_while_drafting(single_rank, monkeypatch):

@@ -20,6 +20,7 @@ import torch
 from foem_vllm.errors import FoemError
 from foem_vllm.format import TENSORS
 from foem_vllm.plugin import compat
+from foem_vllm.plugin.filled import check_bias, watch_bias
 from foem_vllm.ranks import Share, assemble, joined, regroup, take
 from foem_vllm.spec import Quantized, QuantSpec
 from foem_vllm.zeros import symmetric_format
@@ -139,6 +140,7 @@ class FoemLinearMethod(compat.LinearMethodBase):
             if key != "g_idx":
                 param.output_dim = int(key != "weight")  # models that store fused modules in another order rearrange it
             layer.register_parameter(key, param)
+        watch_bias(layer, self.name)
 
     def loader(self, layer, key: str, route) -> Callable:
         """The loader of one parameter: a function with a name, because vLLM's reloading asks for it."""
@@ -194,6 +196,7 @@ class FoemLinearMethod(compat.LinearMethodBase):
 
     def process_weights_after_loading(self, layer) -> None:
         """Check, unpack, lay out for a kernel, free the parameters. Raises FoemError naming the tensor that is wrong."""
+        check_bias(layer, self.name)
         pieces = self.complete()
         self.arrived = None
         groups: list[tuple[QuantSpec | None, list, int, int]] = []
