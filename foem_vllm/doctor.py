@@ -19,10 +19,10 @@ from foem_kernels import moe
 from foem_kernels.registry import KERNELS, survey
 
 from foem_vllm.errors import FoemError
-from foem_vllm.format import CONFIG_FILES, FormatConfig, first_of, stored_config
+from foem_vllm.format import CONFIG_FILES, METHODS, FormatConfig, method_of, stored_config
 from foem_vllm.integrity import read_header, read_headers, weight_files
-from foem_vllm.layers import Asked, Experts, Layer, rest_per_rank, served_layers
-from foem_vllm.serving import Finding, Headers, inspect_modules, missing_layers
+from foem_vllm.layers import EMBEDDINGS, HEADS, Asked, Experts, Layer, rest_per_rank, served_layers
+from foem_vllm.serving import LAYER, Finding, Headers, inspect_modules, missing_layers
 from foem_vllm.stock import refusals
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,7 +32,10 @@ NUMBERS = {  # what configs call them
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "vocabulary": ("vocab_size",),
+    "width": ("hidden_size", "n_embd", "d_model"),
 }
+OUTPUTS = ("embed_out", "output", "output_layer")  # heads that are not called one
 UNSAYABLE = (
     "asymmetric weights in checkpoint_format 'gptq' (version 1), which cannot say zero point 0; a module that has one after all "
     "is refused by name when it is loaded"
@@ -59,7 +62,7 @@ class Content:
 
     @property
     def method(self) -> str | None:
-        return str(first_of(self.quantization, "quant_method") or "gptq").lower() if self.quantization else None
+        return method_of(self.quantization) if self.quantization else None
 
 
 def read(model: str) -> Content:
@@ -152,7 +155,7 @@ def examine(
                   number(text, "experts"))  # fmt: skip
     findings = [*content.findings, *heads_finding(text, asked)]
     found, notes = {"layers": None, "memory": None, "ours": None, "stock": None}, []
-    if content.method in ("gptq", "foem"):
+    if content.method in METHODS:
         found = examine_gptq(content, asked, findings, notes, memory)
     return {
         "model": model,
@@ -170,6 +173,9 @@ def examine(
 def examine_gptq(content: Content, asked: Asked, findings: list[Finding], notes: list[str], memory: int | None) -> dict:
     """What depends on the quantization config; appends to `findings`, and to `notes` what only weights can show."""
     layers, modules = [], {}
+    in_model = stored_config(content.config) or {}
+    if "quant_method" in in_model and in_model["quant_method"] is None:
+        findings.append(Finding("config.json", "says quant_method null, on which vLLM fails", 'write "quant_method": "gptq"'))
     with collected(findings):
         config = FormatConfig.from_json(content.quantization, "config.json")
         if config.zero_format == "gptq" and not config.spec.symmetric:
@@ -203,7 +209,27 @@ def layers_of(content: Content, config: FormatConfig, asked: Asked) -> tuple[dic
     if wrong:
         return modules, [], wrong
     layers, wrong = served_layers(modules, content.headers, asked)
-    return modules, layers, [*missing_layers(content.headers, modules, number(content.text, "layers")), *wrong]
+    lacking = missing_layers(content.headers, modules, number(content.text, "layers"))
+    return modules, layers, [*lacking, *ends_findings(content), *wrong]
+
+
+def ends_findings(content: Content) -> Iterator[Finding]:
+    """What is wrong with the embedding and the head of a model that generates, by the names and sizes that most have."""
+    if not any(re.search("ForCausalLM|LMHead|Generation", str(name)) for name in content.config.get("architectures") or ()):
+        return
+    ends = {tensor.rpartition(".")[0].rpartition(".")[2]: tensor for tensor in content.headers if not LAYER.match(tensor)}
+    if not any("emb" in name or "wte" in name for name in ends):
+        yield Finding("embed_tokens.weight", "is missing", AGAIN)
+    tied = [config["tie_word_embeddings"] for config in (content.config, content.text) if "tie_word_embeddings" in config]
+    if tied and not any(tied) and not any("head" in name or name in OUTPUTS for name in ends):
+        yield Finding("lm_head.weight", "is missing, although config.json says tie_word_embeddings false", AGAIN)
+    found = [tensor for tensor in content.headers if tensor.endswith(tuple(f".{n}.weight" for n in set(EMBEDDINGS) - set(HEADS)))]
+    if len(found) == 1 and len(shape := content.headers[found[0]][1]) == 2 and not content.text.get("word_embed_proj_dim"):
+        for what, size in zip(("vocabulary", "width"), shape):
+            said = number(content.text, what)
+            if said not in (None, size):
+                yield Finding(found[0], f"is {list(shape)}, but config.json says {said} for the {what}",
+                              "config.json and weights are of different models: download both again")  # fmt: skip
 
 
 def stock_refusals(content: Content, asked: Asked) -> list[str]:
@@ -214,7 +240,9 @@ def stock_refusals(content: Content, asked: Asked) -> list[str]:
         config = FormatConfig.from_json(raw, "config.json")
         _, layers, wrong = layers_of(content, config, asked)
         damage += wrong
-        own = refusals(raw, config, layers, asked.device)
+        own = refusals(raw, config, layers, asked.device, content.config.get("architectures") or ())
+        if (in_model := stored_config(content.config)) and not in_model.get("quant_method"):
+            own.insert(0, "the config has no quant_method")
     return list(dict.fromkeys([*map(str, damage), *own]))
 
 
@@ -250,7 +278,7 @@ def kv_heads(text: dict) -> int | None:
 
 
 def number(text: dict, what: str) -> int | None:
-    """Of "layers", "heads" or (in a layer) "experts" in a model's config; None where it does not say, or not one for all."""
+    """One of NUMBERS as a model's config says it ("experts": of a layer); None where it does not say, or not one for all."""
     return next((text[key] for key in NUMBERS[what] if isinstance(text.get(key), int)), None)
 
 
@@ -318,7 +346,7 @@ def default_memory(asked: Asked) -> int | None:
 
 def kv_bytes(text: dict, asked: Asked) -> int | None:
     """Of one token in all layers; full attention everywhere is assumed, so models with windows need less."""
-    layers, heads, hidden = number(text, "layers"), number(text, "heads"), text.get("hidden_size") or text.get("n_embd")
+    layers, heads, hidden = number(text, "layers"), number(text, "heads"), number(text, "width")
     if text.get("kv_lora_rank"):  # latent attention: one vector, on every rank
         return layers * (text["kv_lora_rank"] + text.get("qk_rope_head_dim", 0)) * asked.dtype.itemsize
     if not (layers and asked.kv_heads and (text.get("head_dim") or (heads and hidden))):

@@ -2,8 +2,8 @@
 
 vLLM fuses q, k and v, and gate and up; it cuts outputs of most linears into ranks, inputs of those that lead back to the
 residual stream, and computes all experts of a block as one layer. Which is which it knows from its model classes; here names
-say it (FUSED, ROW, EXPERT), which holds for the families in this project's tests. A name that is not known counts as a linear
-whose outputs are cut.
+say it (FUSED, ROW, WHOLE, EXPERT), which holds for the families in this project's tests. A name that is not known counts as a
+linear whose outputs are cut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from foem_vllm.expert_parts import NO_EXPERTS, Part, expert_specs
 from foem_vllm.serving import Finding, Headers, columns_of, cut_order_groups, rank_groups
 from foem_vllm.spec import QuantSpec
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")  # of latent attention: every rank computes them all
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "fused_qkv_a_proj": WHOLE}
 FUSED_ON_DISK = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")  # query, key and value heads in one module
 ROW = ("o_proj", "down_proj", "out_proj", "fc2", "fc_out", "dense", "dense_4h_to_h", "c_proj", "wo", "w2")
 EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<name>\w+)")
@@ -110,6 +111,8 @@ def share(size: int, what: str, module: str, asked: Asked, findings: list[Findin
 
 def outputs_of_rank(module: str, n: int, asked: Asked, findings: list[Finding]) -> int:
     last = module.rpartition(".")[2]
+    if last in WHOLE:
+        return n
     if last in HEADS:
         return -(-n // VOCABULARY_STEP) * VOCABULARY_STEP // asked.ranks
     if last in ("k_proj", "v_proj") and asked.kv_heads and asked.ranks > asked.kv_heads:
@@ -162,7 +165,12 @@ def experts(modules: Mapping[str, QuantSpec], headers: Headers, asked: Asked, fi
         names = blocks.setdefault(found["block"], {})
         names[found["name"]] = max(names.get(found["name"], 0), int(found["expert"]) + 1)
     for block, names in blocks.items():
-        gate, up, down = next((names3 for names3 in EXPERT_NAMES if names3[0] in names), EXPERT_NAMES[0])
+        gate, up, down = next((names3 for names3 in EXPERT_NAMES if set(names3) & set(names)), (None,) * 3)
+        if gate is None:
+            known = " or ".join(", ".join(names3) for names3 in EXPERT_NAMES)
+            findings.append(Finding(block, f"has experts of {', '.join(sorted(names))}, not of {known}",
+                                    "serve it without --quantization foem"))  # fmt: skip
+            continue
         count = asked.experts or max(names.values())
         try:
             specs = expert_specs(block, count, (gate, up, down), modules.get)
@@ -204,7 +212,8 @@ def rest_per_rank(headers: Headers, modules: Mapping[str, QuantSpec], tied: bool
         size = 1
         for length in shape:
             size *= length
-        shared = len(shape) == 2 and (last in (*EMBEDDINGS, *ROW, *FUSED) or any(last in names for names in FUSED.values())
-                                      or EXPERT.fullmatch(module))  # fmt: skip
+        shared = len(shape) == 2 and last not in WHOLE and (
+            last in (*EMBEDDINGS, *ROW, *FUSED) or any(last in names for names in FUSED.values()) or EXPERT.fullmatch(module)
+        )
         total += -(-size // asked.ranks) if shared else size
     return total

@@ -64,6 +64,8 @@ def module_findings(module: str, headers: Headers, spec: QuantSpec) -> Iterator[
                 f"need {'I32' if dtype else 'floating point'} {list(shape)}",
                 "correct bits and group_size in config.json, or download the checkpoint again",
             )
+    if f"{module}.weight" in headers and LAYER.match(f"{module}.weight"):
+        yield Finding(f"{module}.weight", "is there beside quantized weights of the same module", AGAIN)
 
 
 def missing_layers(headers: Headers, modules: Mapping[str, QuantSpec], expected: int | None) -> list[Finding]:

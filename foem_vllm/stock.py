@@ -20,37 +20,44 @@ GROUPS = (-1, 32, 64, 128)
 CPU_STEP = 32  # cpu_gemm_wna16 takes inputs and outputs in multiples of it
 VOCABULARY_STEP = 64
 LEAST_CAPABILITY = (7, 5)
+UNSAID = ("GPTJForCausalLM", "IQuestLoopCoderForCausalLM", "OrionForCausalLM", "StableLmForCausalLM")  # what they fuse
+FUSED_BEFORE = {"Glm4ForCausalLM": "gate_up_proj"}  # {model: fused on disk, although its class speaks of it as of two}
 
 
-def refusals(raw: Mapping, config: FormatConfig, layers: Sequence[Layer | Experts], device: str) -> list[str]:
+def refusals(
+    raw: Mapping, config: FormatConfig, layers: Sequence[Layer | Experts], device: str, architectures: Sequence[str] = ()
+) -> list[str]:
     """Every reason why stock vLLM does not serve it; empty: it does. raw: the quantization config as it is stored.
 
-    layers: as one rank computes them. device: "cpu", "cuda" or an architecture.
+    layers: as one rank computes them. device: "cpu", "cuda" or an architecture. architectures: of the model.
     """
     found = [*config_refusals(raw)]
     if not found:  # else no layer is ever looked at
         for layer in layers:
-            found += experts_refusals(layer, device) if isinstance(layer, Experts) else layer_refusals(raw, config, layer, device)
+            if isinstance(layer, Experts):
+                found += experts_refusals(layer, device)
+            else:
+                found += [*layer_refusals(raw, config, layer, device), *fusion_refusals(layer, architectures)]
     return list(dict.fromkeys(found))
 
 
 def config_refusals(raw: Mapping) -> Iterator[str]:
+    """What vLLM refuses before it knows a layer. It looks at the order of columns in all rules, whether they match something."""
     missing = [key for key in NEEDED if key not in raw]
     if missing:
         yield f"the config has no {' and no '.join(missing)}"
         return
-    if raw["desc_act"] and raw["group_size"] != -1:
-        yield "activation order (desc_act) with groups is no longer served"
-    rules = {"": {}, **(raw.get("dynamic") or {})}
-    for rule, override in rules.items():
-        if rule.startswith("-:"):
-            continue
-        bits, sym, order, group = (override.get(key, raw[key]) for key in ("bits", "sym", "desc_act", "group_size"))
-        where = f" (rule {rule!r})" if rule else ""
-        if rule and order and group != -1:
+    if (raw["bits"], raw["sym"]) not in TYPES:
+        yield type_refusal(raw["bits"], raw["sym"])
+    for rule, override in {"": {}, **(raw.get("dynamic") or {})}.items():
+        order, group = (override.get(key, raw[key]) for key in ("desc_act", "group_size"))
+        if order and group != -1 and not rule.startswith("-:"):
+            where = f" (rule {rule!r})" if rule else ""
             yield f"activation order (desc_act) with groups is no longer served{where}"
-        if (bits, sym) not in TYPES:
-            yield f"{bits}-bit {'symmetric' if sym else 'asymmetric'} weights are not served{where}, only symmetric 4 and 8 bits"
+
+
+def type_refusal(bits: int, sym: bool) -> str:
+    return f"{bits}-bit {'symmetric' if sym else 'asymmetric'} weights are not served, only symmetric 4 and 8 bits"
 
 
 def layer_refusals(raw: Mapping, config: FormatConfig, layer: Layer, device: str) -> Iterator[str]:
@@ -61,6 +68,9 @@ def layer_refusals(raw: Mapping, config: FormatConfig, layer: Layer, device: str
         yield f"{kind}: vLLM fuses {names}, whose rules it looks up as those of {kind}"
         return
     spec = layer.parts[0].spec
+    if (spec.bits, spec.symmetric) not in TYPES:
+        yield f"{kind}: {type_refusal(spec.bits, spec.symmetric)}"
+        return
     if layer.head and not raw.get("lm_head"):
         yield f"{kind} is quantized, but the config does not say so (lm_head)"
     if layer.head and layer.stored_n % VOCABULARY_STEP:
@@ -79,7 +89,16 @@ def layer_refusals(raw: Mapping, config: FormatConfig, layer: Layer, device: str
         yield "Marlin needs compute capability 7.5, found {}.{}".format(*capability)
 
 
+def fusion_refusals(layer: Layer, architectures: Sequence[str]) -> Iterator[str]:
+    """vLLM looks up by the names that its model class says are fused whether a layer is quantized in the checkpoint."""
+    for model in architectures:
+        if (model in UNSAID and len(layer.members) > 1) or (FUSED_BEFORE.get(model) == layer.kind and len(layer.members) == 1):
+            yield f"{layer.kind}: vLLM's {model} does not find it among the quantized modules, by the names it has there"
+
+
 def experts_refusals(experts: Experts, device: str) -> Iterator[str]:
+    for bits, sym in {(part.spec.bits, part.spec.symmetric) for part in experts.parts}.difference(TYPES):
+        yield f"{experts.kind}: {type_refusal(bits, sym)}"
     if device == "cpu" and not torch.cpu._is_amx_tile_supported():
         yield f"{experts.kind}: quantized experts are served only on CPUs with AMX"
     if device == "cpu" and any(part.spec.bits != 4 for part in experts.parts):

@@ -16,8 +16,11 @@ from foem_vllm.layers import Layer, Product
     *itertools.product((2, 3, 4, 8), (True, False), (-1, 64), (False, True), (None,)),
     (4, True, 64, False, {"+:.*q_proj": {"bits": 3}}), (4, True, 64, False, {"-:.*q_proj": {}}),
     (4, True, 64, False, {".*q_proj": {"desc_act": True}}), (4, True, -1, True, {".*q_proj": {"group_size": 32}}),
+    (4, True, 64, False, {".*q_proj": {"bits": None, "group_size": 32}}), (4, True, 64, False, {".*q_proj": {"sym": False}}),
+    (4, True, 64, False, {".*vision": {"bits": 3}}), (4, True, 64, False, {".*vision": {"desc_act": True}}),
 ])
 def test_stock_rules_of_configs_are_vllms(bits, sym, group, order, dynamic):
+    """Of a model with one linear. vLLM looks at the order of columns also in rules that match nothing."""
     gptq = pytest.importorskip("vllm.model_executor.layers.quantization.auto_gptq")
     raw = {"quant_method": "gptq", "bits": bits, "sym": sym, "group_size": group, "desc_act": order, "dynamic": dynamic}
 
@@ -30,7 +33,30 @@ def test_stock_rules_of_configs_are_vllms(bits, sym, group, order, dynamic):
         except ValueError:
             return True
         return False
-    assert bool(list(stock.config_refusals(raw))) == refused()
+    name, config = "model.layers.0.self_attn.q_proj", FormatConfig.from_json(raw)
+    layers = []
+    if spec := config.spec_for(name):
+        problem = foem_kernels.Problem(64, 64, spec.bits, 64, spec.symmetric, torch.bfloat16, "cpu")
+        layers = [Layer(name, {name: spec}, 64, 64, 64, (Product(spec, 64, problem),))]
+    assert bool(stock.refusals(raw, config, layers, "sm_90")) == refused()
+
+
+@pytest.mark.parametrize("model,fused,members", [
+    *((model, "qkv_proj", ("q_proj", "k_proj", "v_proj")) for model in stock.UNSAID),
+    *((model, fused, (fused,)) for model, fused in stock.FUSED_BEFORE.items()),
+    ("LlamaForCausalLM", "qkv_proj", ("q_proj", "k_proj", "v_proj")), ("Phi3ForCausalLM", "qkv_proj", ("qkv_proj",)),
+])
+def test_stock_finds_what_is_quantized_by_what_classes_say(model, fused, members):
+    """Against vLLM's look-up, with what its class of that model says of fused modules."""
+    utils = pytest.importorskip("vllm.model_executor.layers.quantization.utils.gptq_utils")
+    from vllm import ModelRegistry
+    said = getattr(ModelRegistry._try_load_model_cls(model), "packed_modules_mapping", None) or {}
+    names = [f"model.layers.0.self_attn.{name}" for name in members]
+    found = utils.is_layer_gptq_quantized(f"model.layers.0.self_attn.{fused}", names, said)
+    spec = QuantSpec(4, 64)
+    problem = foem_kernels.Problem(64, 64, 4, 64, True, torch.bfloat16, "cpu")
+    layer = Layer(f"model.layers.0.self_attn.{fused}", dict.fromkeys(names, spec), 64, 64, 64, (Product(spec, 64, problem),))
+    assert found == (not list(stock.fusion_refusals(layer, [model])))
 
 
 def test_stock_needs_keys_that_old_configs_lack():
