@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 
@@ -28,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from foem_eval.dequantized import dequantized_folder  # noqa: E402
+from foem_eval.offline import STRICT, serve  # noqa: E402
 from foem_eval.provenance import missing, of_commits, provenance  # noqa: E402
 from tiny_models import CALIBRATION, CONFIGS, EVALUATION, MOE_CONFIGS, TINYLM, write_model  # noqa: E402
 from tiny_vision import PROMPT, image, pixels, write_vision_model  # noqa: E402
@@ -55,10 +54,8 @@ FAMILIES = {
     "deepseek_v2": "DeepSeek-V2",
     "idefics3": "Idefics3",
 }
-SERVER = ROOT / "eval/foem_eval/peers/vllm_offline.py"
 TEXTS, LENGTH, NEW_TOKENS = 4, 64, 16
 SAME = 1e-4  # nats
-STRICT = {"model_loader_extra_config": {"enable_weights_track": True}}  # vLLM refuses where a weight was not loaded
 VISION = ("idefics3",)
 LATENT = ("deepseek_v2",)
 # vLLM 0.32's rotary embedding for CPUs turns the heads of latent attention wrongly, also of models that are not quantized.
@@ -131,18 +128,6 @@ def compare(folder: pathlib.Path, served: dict[str, dict], ids: torch.Tensor) ->
     return row
 
 
-def serve(names: list[str], work: pathlib.Path, dtype: str, **options) -> dict[str, dict]:
-    """{checkpoint: what one vLLM process says of it, see SERVER}; "refused" has the process's last line where it died."""
-    for name in names:
-        (work / f"{name}.json").write_text("{}")
-    options |= {"quantization": "foem", "dtype": dtype, "new_tokens": NEW_TOKENS, **STRICT}
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    command = [sys.executable, str(SERVER), str(work), str(work), json.dumps(options), *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    died = {"refused": f"vLLM died: {''.join(done.stderr.strip().splitlines()[-1:])}"}
-    return {name: json.loads((work / f"{name}.json").read_text()) or died for name in names}
-
-
 def run(names: list[str], work: pathlib.Path, preset: str) -> dict[str, dict]:
     """{family: row}: quantize, serve, compare."""
     ids, rows = token_ids(), {}
@@ -165,8 +150,8 @@ def run(names: list[str], work: pathlib.Path, preset: str) -> dict[str, dict]:
     for name in ready:
         groups.setdefault((name in MOE_CONFIGS, json.dumps(kinds.get(name, {}))), []).append(name)
     for same in groups.values():
-        options = kinds.get(same[0], {})
-        answers = {dtype: serve(same, work, dtype, **options) for dtype in ("float32", "bfloat16")}
+        options = {"new_tokens": NEW_TOKENS, **STRICT, **kinds.get(same[0], {})}
+        answers = {dtype: serve(same, work, work, dtype=dtype, **options) for dtype in ("float32", "bfloat16")}
         for name in same:
             served = {dtype: answers[dtype][name] for dtype in answers}
             refused = [f"{dtype}: {answer['refused']}" for dtype, answer in served.items() if "refused" in answer]

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 
@@ -31,6 +29,7 @@ from safetensors.torch import load_file, save_file
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from foem_eval import offline  # noqa: E402
 from foem_eval.provenance import missing, of_commits, provenance  # noqa: E402
 from parallel_forms import MODELS, Model, write  # noqa: E402
 
@@ -40,7 +39,6 @@ from foem_vllm.format import dequantize, read_config  # noqa: E402
 from foem_vllm.models import find_blocks  # noqa: E402
 from foem_vllm.stream import Weights  # noqa: E402
 
-SERVER = ROOT / "eval/foem_eval/peers/vllm_offline.py"
 TEXTS, LENGTH, NEW_TOKENS = 4, 64, 16
 RANKS = (1, 2)
 STAGED = "odd-v1"
@@ -60,18 +58,13 @@ def token_ids() -> torch.Tensor:
 
 
 def serve(names: list[str], work: pathlib.Path, dtype: str, ranks: int, **options) -> list[dict]:
-    """What vLLM says of the checkpoints, see SERVER, with "streams"; "refused" has the process's last line where it died."""
+    """What vLLM says of the checkpoints, see foem_eval.offline, with "streams"."""
     out = pathlib.Path(tempfile.mkdtemp(dir=work))
-    for name in names:
-        (out / f"{name}.json").write_text("{}")
-    options = {"quantization": "foem", "dtype": dtype, "new_tokens": NEW_TOKENS, "streams": True, "enable_prefix_caching": False,
+    options = {"dtype": dtype, "new_tokens": NEW_TOKENS, "streams": True, "enable_prefix_caching": False,
                "tensor_parallel_size": ranks, **options}  # fmt: skip
     # vLLM binds a rank to a NUMA node each, and there may be one only.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, str(SERVER), str(work), str(out), json.dumps(options), *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    died = {"refused": f"vLLM died: {''.join(done.stderr.strip().splitlines()[-1:])}"}
-    answers = [json.loads((out / f"{name}.json").read_text()) or died for name in names]
+    found = offline.serve(names, work, out, env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, **options)
+    answers = [found[name] for name in names]
     for name, answer in zip(names, answers):
         if "logprobs" in answer and options["streams"]:
             answer["streams"] = load_file(out / f"{name}.safetensors")["streams"]

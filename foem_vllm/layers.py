@@ -212,8 +212,12 @@ def rest_per_rank(headers: Headers, modules: Mapping[str, QuantSpec], tied: bool
         size = 1
         for length in shape:
             size *= length
-        shared = len(shape) == 2 and last not in WHOLE and (
-            last in (*EMBEDDINGS, *ROW, *FUSED) or any(last in names for names in FUSED.values()) or EXPERT.fullmatch(module)
+        shared = (
+            len(shape) == 2
+            and last not in WHOLE
+            and (
+                last in (*EMBEDDINGS, *ROW, *FUSED) or any(last in names for names in FUSED.values()) or EXPERT.fullmatch(module)
+            )
         )
         total += -(-size // asked.ranks) if shared else size
     return total

@@ -1,11 +1,7 @@
 """More than the linears of blocks, quantized and served by vLLM, beside transformers on the dequantized weights."""
 
-import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,8 +14,8 @@ from foem_vllm.spec import QuantSpec
 
 pytest.importorskip("vllm")
 from foem_eval.dequantized import load_dequantized  # noqa: E402
+from foem_eval.offline import STRICT, serve  # noqa: E402
 
-SERVER = pathlib.Path(__file__).parent.parent / "eval/foem_eval/peers/vllm_offline.py"
 WIDE = dict(hidden_size=128, intermediate_size=256)  # heads 32 wide, the least that vLLM computes on CPUs
 CASES = {  # name: architecture, its sizes, what is asked of the quantizer
     "tied head": ("qwen3", {**WIDE, "head_dim": 32}, {"lm_head": True}),
@@ -40,7 +36,6 @@ LACKING = {  # name: tensors that are not there, the layer that vLLM makes of th
 UNNAMED = "fused unsaid, unnamed"  # the same again, its config without quant_method and with biases of zero that nobody has
 BIASED = "bias unsaid"
 NO_NORM = "model.layers.1.input_layernorm.weight"
-STRICT = {"model_loader_extra_config": {"enable_weights_track": True}}  # vLLM's own look for weights that were not loaded
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +66,10 @@ def folders(texts, tmp_path_factory) -> dict[str, pathlib.Path]:
     return {name: root / name for name in (*CASES, *LACKING, "no norm", UNNAMED, BIASED)}
 
 
-def serve(root: pathlib.Path, out: pathlib.Path, names: list[str], **options) -> dict[str, dict]:
-    """{checkpoint in `root`: what one vLLM process says of it, see SERVER}."""
-    asked = json.dumps({"quantization": "foem", "dtype": "float32", **options})
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run([sys.executable, str(SERVER), str(root), str(out), asked, *names], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return {name: json.loads((out / f"{name}.json").read_text()) for name in names}
-
-
 @pytest.fixture(scope="module")
 def answers(folders, tmp_path_factory) -> dict[str, dict]:
-    return serve(folders["no norm"].parent, tmp_path_factory.mktemp("answers"), [*CASES, *LACKING, UNNAMED, BIASED])
+    names = [*CASES, *LACKING, UNNAMED, BIASED]
+    return serve(names, folders["no norm"].parent, tmp_path_factory.mktemp("answers"), dtype="float32")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,6 +95,7 @@ def test_what_vllm_itself_would_refuse_or_pass_over(answers):
 
 def test_vllm_looks_for_every_weight_when_asked(folders, answers, tmp_path):
     """README's way to have norms looked for: it knows our tensors, those of a quantized head too, and finds the one missing."""
-    found = serve(folders["no norm"].parent, tmp_path, ["tied head", "untied head", "no norm"], **STRICT)
+    names = ["tied head", "untied head", "no norm"]
+    found = serve(names, folders["no norm"].parent, tmp_path, dtype="float32", **STRICT)
     assert found["tied head"] == answers["tied head"] and found["untied head"] == answers["untied head"]
     assert NO_NORM in found["no norm"]["refused"], found["no norm"]

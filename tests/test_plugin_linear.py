@@ -297,6 +297,21 @@ def test_biases_are_those_of_the_checkpoint(single_rank, spec, has, stored, said
     assert (expected.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("stored,warned", [("mlp.gate_proj", False), ("mlp.key_value", True), ("attn.key_value", False)])
+def test_modules_that_no_layer_is_made_of_are_said(single_rank, caplog, stored, warned):
+    """Beside layers that vLLM has made; others may be of a tower or a stage that it has not."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    config = FoemConfig(FormatConfig(QuantSpec()))
+    config.modules = {"mlp.up_proj": QuantSpec(), stored: QuantSpec()}
+    config.packed_modules_mapping = FUSED
+    MergedColumnParallelLinear(K, [N, N], bias=False, prefix="mlp.gate_up_proj", quant_config=config)
+    assert not caplog.records
+    ParallelLMHead(100, K, prefix="head", quant_config=config)
+    said = [record.getMessage() for record in caplog.records if record.name == "foem_vllm"]
+    assert len(said) == warned and all(f"{stored}, the first of 1, is quantized" in line for line in said)
+
+
 def test_embeddings_may_come_from_another_model_while_drafting(single_rank, monkeypatch):
     """vLLM gives a model that drafts the other's embedding and head, but only when both are loaded."""
     from types import SimpleNamespace

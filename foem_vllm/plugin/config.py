@@ -30,6 +30,7 @@ class FoemConfig(compat.QuantizationConfig):
         super().__init__()
         self.format_config = format_config
         self.modules: dict[str, QuantSpec] | None = None
+        self.linears: dict[str, tuple[str, ...]] = {}  # {layer that vLLM made: modules of the checkpoint that it is made of}
 
     def __repr__(self) -> str:
         return f"FoemConfig({self.format_config.spec}, {self.format_config.checkpoint_format})"
@@ -120,7 +121,10 @@ class FoemConfig(compat.QuantizationConfig):
         specs = self.specs_for(prefix)
         if head and self.modules is None and not self.format_config.lm_head:
             specs = {}
+        if head:
+            self.say_unclaimed()
         if isinstance(layer, compat.LinearBase):
+            self.linears[prefix] = tuple(specs)
             if not any(specs.values()):
                 return filled(compat.UnquantizedLinearMethod(), prefix)
         elif not (head and any(specs.values())):
@@ -129,6 +133,22 @@ class FoemConfig(compat.QuantizationConfig):
             drafted = engine is not None and engine.speculative_config is not None
             return None if drafted else filled(compat.UnquantizedEmbeddingMethod(), prefix)
         return FoemLinearMethod(specs, self.format_config.zero_format, prefix)
+
+    def say_unclaimed(self) -> None:
+        """Warn of a quantized module beside linears that vLLM has made, of which none is made of it: loading will fail.
+
+        Asked for when the head is made, usually behind all blocks. Only a warning, because a model may leave weights out.
+        """
+        beside = {prefix.rpartition(".")[0] for prefix in self.linears}
+        claimed = {module for modules in self.linears.values() for module in modules}
+        lost = [m for m in self.modules or () if m.rpartition(".")[0] in beside and m not in claimed]
+        if lost:
+            logger.warning(
+                "foem: %s, the first of %d, is quantized in the checkpoint, but no linear of vLLM's model is known to be made of "
+                "it; where loading fails of that, this model cannot be served with --quantization foem",
+                lost[0],
+                len(lost),
+            )
 
     def experts_method(self, layer: torch.nn.Module, prefix: str):
         """The method of a layer's routed experts. Raises FoemError when they are not all quantized alike."""
