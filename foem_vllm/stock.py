@@ -20,7 +20,15 @@ GROUPS = (-1, 32, 64, 128)
 CPU_STEP = 32  # cpu_gemm_wna16 takes inputs and outputs in multiples of it
 VOCABULARY_STEP = 64
 LEAST_CAPABILITY = (7, 5)
-UNSAID = ("GPTJForCausalLM", "IQuestLoopCoderForCausalLM", "OrionForCausalLM", "StableLmForCausalLM")  # what they fuse
+UNSAID = {  # {model: what it fuses without its class saying so}
+    "GPTJForCausalLM": ("qkv_proj",),
+    "IQuestLoopCoderForCausalLM": ("qkv_proj", "gate_up_proj"),
+    "K2HorizonForCausalLM": ("gate_up_proj",),
+    "KimiLinearForCausalLM": ("gate_up_proj",),
+    "OrionForCausalLM": ("qkv_proj", "gate_up_proj"),
+    "StableLmForCausalLM": ("qkv_proj", "gate_up_proj"),
+    "Step3TextForCausalLM": ("gate_up_proj",),
+}
 FUSED_BEFORE = {"Glm4ForCausalLM": "gate_up_proj"}  # {model: fused on disk, although its class speaks of it as of two}
 
 
@@ -47,13 +55,13 @@ def config_refusals(raw: Mapping) -> Iterator[str]:
     if missing:
         yield f"the config has no {' and no '.join(missing)}"
         return
-    if (raw["bits"], raw["sym"]) not in TYPES:
-        yield type_refusal(raw["bits"], raw["sym"])
     for rule, override in {"": {}, **(raw.get("dynamic") or {})}.items():
         order, group = (override.get(key, raw[key]) for key in ("desc_act", "group_size"))
         if order and group != -1 and not rule.startswith("-:"):
             where = f" (rule {rule!r})" if rule else ""
             yield f"activation order (desc_act) with groups is no longer served{where}"
+    if (raw["bits"], raw["sym"]) not in TYPES:
+        yield type_refusal(raw["bits"], raw["sym"])
 
 
 def type_refusal(bits: int, sym: bool) -> str:
@@ -92,7 +100,8 @@ def layer_refusals(raw: Mapping, config: FormatConfig, layer: Layer, device: str
 def fusion_refusals(layer: Layer, architectures: Sequence[str]) -> Iterator[str]:
     """vLLM looks up by the names that its model class says are fused whether a layer is quantized in the checkpoint."""
     for model in architectures:
-        if (model in UNSAID and len(layer.members) > 1) or (FUSED_BEFORE.get(model) == layer.kind and len(layer.members) == 1):
+        unsaid = layer.kind in UNSAID.get(model, ()) and len(layer.members) > 1
+        if unsaid or (layer.kind == FUSED_BEFORE.get(model) and len(layer.members) == 1):
             yield f"{layer.kind}: vLLM's {model} does not find it among the quantized modules, by the names it has there"
 
 

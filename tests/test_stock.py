@@ -9,7 +9,7 @@ import torch
 
 from foem_vllm import stock
 from foem_vllm.format import FormatConfig, QuantSpec
-from foem_vllm.layers import Layer, Product
+from foem_vllm.layers import FUSED, Layer, Product
 
 
 @pytest.mark.parametrize("bits,sym,group,order,dynamic", [
@@ -42,9 +42,10 @@ def test_stock_rules_of_configs_are_vllms(bits, sym, group, order, dynamic):
 
 
 @pytest.mark.parametrize("model,fused,members", [
-    *((model, "qkv_proj", ("q_proj", "k_proj", "v_proj")) for model in stock.UNSAID),
+    *((model, name, FUSED[name]) for model, fused in stock.UNSAID.items() for name in fused),
+    *((model, name, FUSED[name]) for model, name in (("K2HorizonForCausalLM", "qkv_proj"), ("LlamaForCausalLM", "gate_up_proj"))),
     *((model, fused, (fused,)) for model, fused in stock.FUSED_BEFORE.items()),
-    ("LlamaForCausalLM", "qkv_proj", ("q_proj", "k_proj", "v_proj")), ("Phi3ForCausalLM", "qkv_proj", ("qkv_proj",)),
+    ("Phi3ForCausalLM", "qkv_proj", ("qkv_proj",)),
 ])
 def test_stock_finds_what_is_quantized_by_what_classes_say(model, fused, members):
     """Against vLLM's look-up, with what its class of that model says of fused modules."""
