@@ -30,7 +30,7 @@ KERNELS_OF = {("grid", "foem_kernels.grid"), ("solver", "foem_kernels.solver"), 
               ("doctor", "foem_kernels.moe"), ("doctor", "foem_kernels.registry")}
 STARTS_VLLM = {"foem_eval.peers.vllm_offline"}  # always a process of its own
 PLUGIN_MAY = {"foem_vllm", "foem_kernels", *(f"foem_vllm.{name}" for name in (
-    "format", "integrity", "errors", "plugin", "serving", "ranks", "spec", "zeros", "expert_parts"))}
+    "format", "integrity", "errors", "plugin", "serving", "ranks", "spec", "zeros", "expert_parts", "layers"))}
 
 
 def load(path: pathlib.Path):

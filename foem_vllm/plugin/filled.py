@@ -47,7 +47,7 @@ def watch_bias(layer: torch.nn.Module, name: str) -> None:
 
 def check_bias(layer: torch.nn.Module, name: str) -> None:
     """Raises FoemError when `layer` has a bias that was not loaded; see `watch_bias`."""
-    layer.__dict__.pop("register_parameter", None)
+    vars(layer).pop("register_parameter", None)
     bias = getattr(layer, "bias", None)
     if bias is not None and not bias.numel():
         layer.bias = None
