@@ -6,6 +6,7 @@ loaded; nothing here is about speed. Left out: ROCm, XPU and TPU, Exllama (float
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -93,6 +94,8 @@ def layer_refusals(raw: Mapping, config: FormatConfig, layer: Layer, device: str
         for what, size in (("inputs", layer.k), ("outputs", layer.n)):
             if size % CPU_STEP:
                 yield f"{kind}: {size} {what} of a rank are no multiple of {CPU_STEP}"
+        if not multiplies():
+            yield "this CPU lacks AVX-512, and vLLM's kernels for such CPUs have none for 4-bit weights"
     elif (capability := capability_of(device)) is not None and capability < LEAST_CAPABILITY:
         yield "Marlin needs compute capability 7.5, found {}.{}".format(*capability)
 
@@ -112,6 +115,11 @@ def experts_refusals(experts: Experts, device: str) -> Iterator[str]:
         yield f"{experts.kind}: quantized experts are served only on CPUs with AMX"
     if device == "cpu" and any(part.spec.bits != 4 for part in experts.parts):
         yield f"{experts.kind}: only 4-bit experts are served on CPUs"
+
+
+def multiplies() -> bool:
+    """Whether stock vLLM has a kernel for 4-bit weights on this CPU. Where not, it starts, and fails in the first request."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_supported()
 
 
 def capability_of(device: str) -> tuple[int, int] | None:

@@ -131,11 +131,15 @@ def set_count(size: int, cache: int) -> int:
 
 
 def ceilings(device: str, rounds: int) -> dict[str, float]:
-    """Bytes read and written by a copy, and operations of the fastest dense product: GB/s and TFLOP/s."""
+    """Bytes read and written by a copy, and operations of the fastest dense product: GB/s and TFLOP/s.
+
+    CPUs without instructions for bfloat16 emulate it, a hundred times slower than float32.
+    """
     size, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
     a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     timers = {"copy": TIMERS[device]([lambda: b.copy_(a)])}
-    for dtype in (torch.bfloat16,) if device == "cuda" else (torch.bfloat16, torch.float32):
+    halves = (torch.bfloat16,) if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+    for dtype in halves if device == "cuda" else (*halves, torch.float32):
         x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         z = torch.empty(n, n, dtype=dtype, device=device)
         timers[str(dtype)] = TIMERS[device]([lambda x=x, y=y, z=z: torch.mm(x, y, out=z)])

@@ -25,3 +25,10 @@ def untrained(tmp_path_factory) -> pathlib.Path:
                          num_key_value_heads=1, head_dim=64, vocab_size=256, tie_word_embeddings=True)
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def every_cpu(monkeypatch) -> None:
+    """What stock vLLM serves is not to depend on the CPU that the tests run on; whether it does is a test of its own."""
+    from foem_vllm import stock
+    monkeypatch.setattr(stock, "multiplies", lambda: True)

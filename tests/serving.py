@@ -23,6 +23,7 @@ from foem_eval import processes
 from foem_eval.dequantized import write_dequantized
 from tiny_models import CALIBRATION, EVALUATION
 
+from foem_vllm import stock
 from foem_vllm.format import QuantSpec
 
 ENV = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -38,6 +39,7 @@ VARIANTS = {
     "mixed": (QuantSpec(4, 64), "gptq", {"dynamic": {r"-:.*layers\.0\.mlp": {}, r".*layers\.1\.self_attn": {"bits": 8}}}, "foem"),
     "own": (QuantSpec(4, 64), "gptq", {"foem": True, "lm_head": True}, None),  # claimed without any flag
 }
+SERVED = [name for name in VARIANTS if name != "stock" or stock.multiplies()]
 NEW_TOKENS = 24
 CHUNK = 256  # tokens that the server computes in one step: longer prompts are cut
 TOGETHER = 32  # requests in one step
@@ -168,19 +170,20 @@ def folders(tinylm, tmp_path_factory) -> dict[str, pathlib.Path]:
 def answers(folders, prompts, tmp_path_factory) -> dict[str, dict]:
     """Every variant through one offline process (see offline_llm.py). Depends on nothing that the server holds."""
     out = tmp_path_factory.mktemp("offline") / "answers"
-    jobs = [{"model": str(folders[name]), **({"quantization": flag} if flag else {})} for name, (*_, flag) in VARIANTS.items()]
+    flags = {name: VARIANTS[name][-1] for name in SERVED}
+    jobs = [{"model": str(folders[name]), **({"quantization": flag} if flag else {})} for name, flag in flags.items()]
     asked = {"prompts": prompts[:4], "texts": [t[:600] for t in documents()[:3]], "max_tokens": NEW_TOKENS}
     script = str(pathlib.Path(__file__).with_name("offline_llm.py"))
     done = subprocess.run([sys.executable, script, json.dumps(jobs), json.dumps(asked), str(out)],
                           env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = dict(zip(VARIANTS, map(json.loads, out.read_text().splitlines())))
+    found = dict(zip(SERVED, map(json.loads, out.read_text().splitlines())))
     return {**found, "log": done.stdout + done.stderr}
 
 
 @pytest.fixture(scope="session")
 def dense(folders, answers) -> dict[str, Dense]:
-    return {name: Dense(folders[name], answers[name]["texts"]) for name in VARIANTS}
+    return {name: Dense(folders[name], answers[name]["texts"]) for name in SERVED}
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from foem_vllm.doctor import NotACheckpoint, examine
 from foem_vllm.errors import FoemError
 from foem_vllm.format import QuantSpec, read_config, unpack
 
+pytestmark = pytest.mark.usefixtures("every_cpu")
+
 
 @pytest.fixture
 def made(untrained, tmp_path):

@@ -14,6 +14,8 @@ from foem_vllm.doctor import examine, number
 from foem_vllm.errors import FoemError
 from foem_vllm.format import QuantSpec
 
+pytestmark = pytest.mark.usefixtures("every_cpu")
+
 
 @pytest.fixture
 def made(untrained, tmp_path):

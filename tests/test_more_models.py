@@ -23,6 +23,7 @@ from foem_vllm.solver import SolverConfig, solve
 from foem_vllm.stream import Weights
 
 SMALL = dict(calibration=str(CALIBRATION), samples=8, seq_len=64, group_size=32, device="cpu")
+pytestmark = pytest.mark.usefixtures("every_cpu")
 
 
 def values(folder) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ def test_stock_needs_keys_that_old_configs_lack():
 
 
 @pytest.mark.parametrize("bits,group", [*itertools.product((4, 8), (-1, 16, 32, 64, 128, 48))])
-def test_stock_rules_of_shapes_are_vllms(bits, group):
+def test_stock_rules_of_shapes_are_vllms(every_cpu, bits, group):
     """Against the two places where vLLM's linear method refuses: its check of the width, and the choice of a kernel."""
     pytest.importorskip("vllm")
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
@@ -87,3 +87,21 @@ def test_stock_rules_of_shapes_are_vllms(bits, group):
         name = "model.layers.0.mlp.down_proj"
         layer = Layer(name, {name: spec}, n, k, n, (Product(spec, n, problem),))
         assert bool(stock.refusals(config.to_json(), config, [layer], "cpu")) == refused, (k, n)
+
+
+def test_stock_has_a_kernel_for_this_cpu_or_none():
+    vllm = pytest.importorskip("vllm")
+    if not vllm.platforms.current_platform.is_cpu():
+        pytest.skip("needs vLLM for CPUs")
+    vllm.platforms.current_platform.import_kernels()
+    assert stock.multiplies() == hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def test_stock_without_a_kernel_for_this_cpu(monkeypatch):
+    monkeypatch.setattr(stock, "multiplies", lambda: False)
+    spec, name = QuantSpec(4, 32), "model.layers.0.mlp.down_proj"
+    config = FormatConfig(spec)
+    problem = foem_kernels.Problem(64, 128, 4, 32, True, torch.bfloat16, "cpu")
+    layer = Layer(name, {name: spec}, 64, 128, 64, (Product(spec, 64, problem),))
+    assert stock.refusals(config.to_json(), config, [layer], "sm_90") == []
+    assert "this CPU lacks AVX-512" in stock.refusals(config.to_json(), config, [layer], "cpu")[0]

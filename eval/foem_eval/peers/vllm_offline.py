@@ -23,6 +23,9 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.model_executor.models import registry  # noqa: E402
+
+registry._run_in_subprocess = lambda look: look()  # at a model's class: another process would import everything again
 
 
 def watch(model: torch.nn.Module) -> None:
