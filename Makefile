@@ -4,6 +4,9 @@ STACK  ?= auto
 RUN    := .venv/bin/python
 ARGS   ?=
 
+# Packages are installed uncompiled; where nothing compiled may be kept, vLLM takes three times as long to start, every time.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help setup demo test lint gpu-check bench bench-cpu compile-table families moe ablation mixed-precision parallel sanitize train-tinylm peers-compare peers-matrix peers-time peers-quality versions faults
 
 help:            ## list the targets
