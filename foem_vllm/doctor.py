@@ -22,7 +22,7 @@ from foem_vllm.errors import FoemError
 from foem_vllm.format import CONFIG_FILES, METHODS, FormatConfig, method_of, stored_config
 from foem_vllm.integrity import read_header, read_headers, weight_files
 from foem_vllm.layers import EMBEDDINGS, HEADS, Asked, Experts, Layer, rest_per_rank, served_layers
-from foem_vllm.serving import LAYER, Finding, Headers, inspect_modules, missing_layers
+from foem_vllm.serving import LAYER, Finding, Headers, inspect_modules, missing_layers, rearranged_findings
 from foem_vllm.stock import refusals
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -210,6 +210,7 @@ def layers_of(content: Content, config: FormatConfig, asked: Asked) -> tuple[dic
         return modules, [], wrong
     layers, wrong = served_layers(modules, content.headers, asked)
     lacking = missing_layers(content.headers, modules, number(content.text, "layers"))
+    lacking += rearranged_findings(modules, content.config.get("architectures") or ())
     return modules, layers, [*lacking, *ends_findings(content), *wrong]
 
 

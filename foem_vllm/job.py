@@ -16,6 +16,7 @@ from foem_vllm import budget, calibration, distributed, experts, models, plan
 from foem_vllm.errors import FoemError
 from foem_vllm.format import FormatConfig
 from foem_vllm.recipe import QuantizeConfig, Recipe, resolve
+from foem_vllm.serving import rearranged
 from foem_vllm.stream import Weights, load_block
 from foem_vllm.writer import Header, headers_of
 
@@ -113,7 +114,8 @@ def prepare(model: str | pathlib.Path, config: QuantizeConfig) -> Job:
     models.straighten(empty, weights)
     experts.separate(empty, weights)
     blocks_name, blocks = models.find_blocks(empty)
-    planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights)
+    dense = rearranged(hf_config.architectures or ())
+    planned = plan.make(blocks_name, blocks, recipe.spec, config.exclude, weights, dense)
     plan.leave_towers(planned, towers)
     if config.lm_head:
         plan.add_head(planned, empty, recipe.spec, config.exclude)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -34,8 +35,10 @@ class Plan:
         return [name.removesuffix(".weight") for name in self.skipped if name in linears or name.endswith(".weight")]
 
 
-def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str], weights: Weights) -> Plan:
-    """Every linear of the blocks with `spec`, but those that a regular expression of `exclude` finds.
+def make(
+    blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list[str], weights: Weights, dense: Collection[str] = ()
+) -> Plan:
+    """Every linear of the blocks with `spec`, but those that a regular expression of `exclude` finds, or called one of `dense`.
 
     Warns of what only our plugin serves then, and of expressions that find nothing. Raises FoemError when nothing is left, when K
     is not a multiple of the group size, or when the files use other names.
@@ -48,6 +51,9 @@ def make(blocks_name: str, blocks: nn.ModuleList, spec: QuantSpec, exclude: list
             full = prefix + name
             if any(re.search(pattern, weights.stored_name(full)) for pattern in exclude):
                 plan.skipped[weights.stored_name(full)] = EXCLUDED
+                continue
+            if name.rpartition(".")[2] in dense:
+                plan.skipped[weights.stored_name(full)] = "vLLM serves it only unquantized"
                 continue
             _check_named(full, f"{index}.{name}", weights)
             check_groups(full, linear.in_features, spec)

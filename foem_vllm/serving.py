@@ -22,6 +22,8 @@ FLOATS = ("F16", "BF16", "F32")
 AGAIN = "download or quantize the checkpoint again"
 LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers|h|blocks|block))\.(?P<number>\d+)\.(?P<rest>.+)")
 EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+# {model: (module whose tensors vLLM's class puts in another order by rows, packed or not; the release of vLLM that ended it)}
+REARRANGED = {"BloomForCausalLM": ("query_key_value", None), "GPTNeoXForCausalLM": ("query_key_value", (0, 32))}
 STEP = 16  # every kernel takes groups of a multiple of this many columns, and one group for all columns
 EXPERT_SIZES = (128, 64, 32, STEP)  # groups that every kernel for experts takes, when they are whole
 
@@ -138,6 +140,25 @@ def quantized_modules(headers: Headers, config: FormatConfig, where: str) -> dic
         more = f" ({len(findings) - 1} more like it)" if len(findings) > 1 else ""
         raise FoemError(f"{where}: {findings[0]}{more}")
     return modules
+
+
+def rearranged(architectures: Sequence[str], release: tuple[int, int] | None = None) -> dict[str, tuple[str, str]]:
+    """{last name of a module: (model, remedy)} of what vLLM takes only unquantized. release: of vLLM; None for any."""
+    found = {}
+    for model in set(architectures) & set(REARRANGED):
+        last, ended = REARRANGED[model]
+        if ended is None or (release and release < ended):
+            newer = f"use vLLM {ended[0]}.{ended[1]} or newer, or " if ended else ""
+            found[last] = model, f"{newer}quantize the model again with --exclude {last}"
+    return found
+
+
+def rearranged_findings(modules: Mapping, architectures: Sequence[str], release=None) -> Iterator[Finding]:
+    """The first of the quantized modules that `rearranged` knows: their tensors would arrive as garbage, or not at all."""
+    for last, (model, remedy) in rearranged(architectures, release).items():
+        for name in [name for name in modules if name.rpartition(".")[2] == last][:1]:
+            problem = f"is quantized, but vLLM's {model} puts its rows in another order as if they were not packed"
+            yield Finding(name, problem, remedy)
 
 
 def fused_specs(

@@ -113,7 +113,11 @@ MOE_CONFIGS = {  # of fused experts: their linears are no modules of transformer
     ),
 }
 
-OTHER_CONFIGS = {  # of linears that are no nn.Linear of transformers' model
+OTHER_CONFIGS = {  # of linears that are no nn.Linear of transformers' model, or that stay
+    "bloom": (
+        "BloomConfig",
+        dict(vocab_size=4096, hidden_size=128, n_layer=2, n_head=4, seq_length=128, bos_token_id=0, eos_token_id=0),
+    ),
     "gpt2": (
         "GPT2Config",
         dict(vocab_size=4096, n_embd=128, n_layer=2, n_head=4, n_inner=256, n_positions=128, bos_token_id=0, eos_token_id=0),

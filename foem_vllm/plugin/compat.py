@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 
 import vllm
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from foem_vllm.errors import FoemError
 
 VERSION = vllm.__version__
+RELEASE = tuple(map(int, re.findall(r"\d+", VERSION)[:2]))
 
 _LINEAR = "vllm.model_executor.layers.linear"
 _LATER = {
@@ -32,7 +34,7 @@ _LATER = {
     "get_current_vllm_config_or_none": "vllm.config",
     "get_safetensors_params_metadata": "vllm.transformers_utils.config",
 }
-__all__ = ["QuantizationConfig", "VERSION", "hub_headers", "register_quantization_config", "share_log", *_LATER]
+__all__ = ["QuantizationConfig", "RELEASE", "VERSION", "hub_headers", "register_quantization_config", "share_log", *_LATER]
 
 
 def __getattr__(name: str):

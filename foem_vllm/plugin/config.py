@@ -12,12 +12,13 @@ import pathlib
 
 import torch
 
+from foem_vllm.errors import FoemError
 from foem_vllm.expert_parts import expert_specs
 from foem_vllm.format import METHODS, FormatConfig, first_of, method_of
 from foem_vllm.integrity import read_headers, verify_files
 from foem_vllm.layers import FUSED
 from foem_vllm.plugin import compat
-from foem_vllm.serving import fused_specs, quantized_modules
+from foem_vllm.serving import fused_specs, quantized_modules, rearranged_findings
 from foem_vllm.spec import QuantSpec
 
 logger = logging.getLogger("foem_vllm")
@@ -85,6 +86,8 @@ class FoemConfig(compat.QuantizationConfig):
         local = pathlib.Path(model_name).is_dir()
         headers = read_headers(model_name) if local else compat.hub_headers(model_name, revision)
         modules = quantized_modules(headers, self.format_config, model_name)
+        for finding in rearranged_findings(modules, getattr(hf_config, "architectures", None) or (), compat.RELEASE):
+            raise FoemError(f"{model_name}: {finding}")
         if local and (compared := verify_files(model_name, self.format_config.meta)):
             logger.info("foem: %d file(s) of %s match their checksums", compared, model_name)
         self.modules = modules or None
