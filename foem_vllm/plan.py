@@ -17,6 +17,7 @@ from foem_vllm.stream import Weights
 
 logger = logging.getLogger("foem_vllm")
 EXCLUDED = "excluded by --exclude"
+DENSE = "vLLM serves it only unquantized"
 
 
 @dataclass
@@ -53,7 +54,7 @@ def make(
                 plan.skipped[weights.stored_name(full)] = EXCLUDED
                 continue
             if name.rpartition(".")[2] in dense:
-                plan.skipped[weights.stored_name(full)] = "vLLM serves it only unquantized"
+                plan.skipped[weights.stored_name(full)] = DENSE
                 continue
             _check_named(full, f"{index}.{name}", weights)
             check_groups(full, linear.in_features, spec)
@@ -62,6 +63,8 @@ def make(
     experts.check_whole(blocks_name, blocks, set(plan.specs))
     if not plan.specs:
         raise FoemError("no linear is left to quantize; check --exclude and the architecture")
+    if left := sorted(name for name, why in plan.skipped.items() if why == DENSE):
+        logger.warning("%s and %d more stay as they are: vLLM serves them only unquantized", left[0], len(left) - 1)
     _warn_of_fused(plan, {weights.stored_name(name) for name in plan.specs})
     return plan
 

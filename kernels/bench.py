@@ -138,8 +138,8 @@ def ceilings(device: str, rounds: int) -> dict[str, float]:
     size, n = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
     a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     timers = {"copy": TIMERS[device]([lambda: b.copy_(a)])}
-    halves = (torch.bfloat16,) if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
-    for dtype in halves if device == "cuda" else (*halves, torch.float32):
+    dtypes = [torch.bfloat16] if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    for dtype in dtypes + [torch.float32] * (device != "cuda"):
         x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         z = torch.empty(n, n, dtype=dtype, device=device)
         timers[str(dtype)] = TIMERS[device]([lambda x=x, y=y, z=z: torch.mm(x, y, out=z)])
